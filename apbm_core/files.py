@@ -1,0 +1,60 @@
+"""Files that are either the old version or the new one, never half of each."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from apbm_core.errors import ApbmError
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> Path:
+    """Write ``content`` to ``path`` so that a crash at any moment leaves the old file or the new one.
+
+    The bytes go to a temporary file beside ``path``, are flushed to disk and renamed over it. The temporary file is
+    removed when the write fails, so a full disk leaves nothing behind but the old version.
+
+    Raises:
+        ApbmError: the folder cannot be written or the disk is full; the message names the path.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise ApbmError(
+                f"cannot write {path}: {error.strerror or error}. Free some space or choose a folder you may write to; "
+                "what was there before is unchanged."
+            ) from error
+        raise
+    return path
+
+
+def remove_stale_temporaries(folder: str | Path) -> int:
+    """Delete the temporary files that a killed process left in ``folder``; return how many. Call it under a lock."""
+    stale = list(Path(folder).glob(".*.tmp")) if Path(folder).is_dir() else []
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+def sha256(data: bytes) -> str:
+    """The hexadecimal SHA-256 digest of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
