@@ -1,0 +1,14 @@
+"""APBM: make a convolutional network small while it trains from scratch, by fusing its filters.
+
+Three verbs for any network::
+
+    slim = apbm_core.fuse(model, example_inputs, keep=0.5)  # physically small, banks of dense width behind it
+    ...  # your own training loop; once an epoch: apbm_core.rescore(slim, progress=epoch / epochs)
+    net = apbm_core.compact(slim)  # plain nn.Conv2d network, same logits
+"""
+
+from apbm_core.errors import ApbmError
+from apbm_core.fusion import FusionSettings, rescore
+from apbm_core.surgery import compact, fuse, prunable_layers, slim
+
+__all__ = ["ApbmError", "FusionSettings", "compact", "fuse", "prunable_layers", "rescore", "slim"]

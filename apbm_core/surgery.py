@@ -1,0 +1,317 @@
+"""Physical slimming of any network, and the verbs built on it: fuse before training, compact after it.
+
+Which channels hang together is torch-pruning's business (``DependencyGraph``): it follows a convolution's output
+channels through norms, activations, pooling, concatenations, depthwise convolutions and flattening to the layers that
+read them. We add two things. A convolution is only touched when its outputs are its own: filters whose outputs are
+added to another layer's (a residual stage), gated by one, or returned by the network are left alone. And every
+surgery is checked by a forward pass, so that a network is either changed rightly or refused.
+"""
+
+import copy
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch_pruning.ops import OPTYPE
+
+from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.evaluation import evaluation_mode
+from apbm_core.fusion import FilterFusion, FusionSettings, fused_layers
+from apbm_core.widths import parse_keep
+
+_OUT = torch_pruning.prune_conv_out_channels
+_CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.PReLU)
+
+
+def prunable_layers(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
+    """The convolutions whose filters can be removed or fused, as name -> number of filters, in the model's order.
+
+    Args:
+        model: any network of ``nn.Conv2d`` convolutions; not modified.
+        example_inputs: one batch the network accepts, such as shape (1, 3, 32, 32).
+
+    Raises:
+        UnsupportedNetwork: torch-pruning cannot trace the network.
+    """
+    reasons = why_not_prunable(model, example_inputs)
+    modules = dict(model.named_modules())
+    return {name: modules[name].out_channels for name, reason in reasons.items() if reason is None}
+
+
+def why_not_prunable(model: nn.Module, example_inputs: Tensor) -> dict[str, str | None]:
+    """For every convolution by name: None if its filters can go, else the reason why they are left alone."""
+    _refuse_parametrized(model)
+    calls = _count_calls(model, example_inputs)
+    twin = copy.deepcopy(model)
+    graph = _trace(twin, example_inputs)
+    return {
+        name: _reason(graph, module, calls.get(name, 0))
+        for name, module in twin.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def slim(model: nn.Module, example_inputs: Tensor, keep: Mapping[str, Sequence[int] | Tensor]) -> nn.Module:
+    """A physically smaller copy of ``model`` in which each named convolution has only the filters listed.
+
+    Norms, depthwise convolutions and the inputs of the layers behind follow. Parameters that stay keep their values.
+
+    Args:
+        model: any network; not modified.
+        example_inputs: one batch the network accepts.
+        keep: convolution name -> indices of the filters that stay, any order; they end up ascending.
+
+    Raises:
+        ConfigError: an unknown name, an index out of range or given twice, or an empty list.
+        UnsupportedNetwork: a named convolution's filters cannot be removed alone, or the network does not run without.
+    """
+    return _slim(model, example_inputs, keep, why_not_prunable(model, example_inputs))[0]
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Tensor,
+    keep: float | Mapping[str, float | int] = 0.5,
+    settings: FusionSettings | None = None,
+    ignore: Collection[str] = (),
+) -> nn.Module:
+    """A physically small copy of ``model`` whose convolutions fuse banks of the dense width (APBM, METHODS section 1).
+
+    Train it with your own loop, calling :func:`apbm_core.rescore` once an epoch, then :func:`compact` it. The bank of a
+    layer holds the model's own n filters on the inputs that are left, so a pre-trained model's knowledge stays.
+
+    Args:
+        model: any network of ``nn.Conv2d`` convolutions; not modified.
+        example_inputs: one batch the network accepts, on the model's device.
+        keep: the share of filters each prunable convolution keeps, in (0, 1]; or name -> share or number of filters,
+            and then only those layers are fused.
+        settings: how to score and fuse; APBM's defaults if None.
+        ignore: names of convolutions to leave as they are.
+
+    Returns:
+        The slim network. The layers that are not prunable (see :func:`why_not_prunable`) are as they were.
+
+    Raises:
+        ConfigError: a share outside (0, 1], a number of filters outside 1..n, or an unknown layer name.
+        UnsupportedNetwork: a named layer cannot be fused, or none can; the message says why.
+    """
+    settings = settings or FusionSettings()
+    reasons = why_not_prunable(model, example_inputs)
+    modules = dict(model.named_modules())
+    _check_names(ignore, reasons)
+    if isinstance(keep, Mapping):
+        _check_names(keep, reasons)
+        wanted = {name: keep[name] for name in reasons if name in keep and name not in ignore}
+    else:
+        wanted = {name: keep for name, reason in reasons.items() if reason is None and name not in ignore}
+    for name in wanted:
+        if reasons[name] is not None:
+            raise UnsupportedNetwork(f"layer {name!r} cannot be fused: {reasons[name]}.")
+    if not wanted:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4] if reason)
+        raise UnsupportedNetwork(
+            f"no convolution of this {type(model).__name__} can be fused on its own ({why or 'it has no nn.Conv2d'}). "
+            "Networks whose blocks have inner convolutions, such as VGG, ResNet or DenseNet, can."
+        )
+
+    fusions = {}
+    for name, share in wanted.items():
+        weight = modules[name].weight
+        fusions[name] = FilterFusion(len(weight), parse_keep(share, len(weight), name), settings).to(weight)
+        fusions[name].choose(weight, progress=0.0)
+    small, inputs = _slim(model, example_inputs, {name: fusion.selected for name, fusion in fusions.items()}, reasons)
+    for name, fusion in fusions.items():
+        conv = small.get_submodule(name)
+        bank = modules[name].weight.detach()[:, inputs[name]].clone()
+        conv.weight = nn.Parameter(bank, requires_grad=modules[name].weight.requires_grad)
+        fusion.rescore(bank, progress=0.0, reselect=False)
+        parametrize.register_parametrization(conv, "weight", fusion, unsafe=True)  # unsafe: the shape changes
+    return small
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """A copy of a fused network in which every fused weight is an ordinary one: same logits, plain ``nn.Conv2d``.
+
+    Raises:
+        ConfigError: the network has no fused layer.
+    """
+    plain = copy.deepcopy(model)
+    layers = list(fused_layers(plain))
+    if not layers:
+        raise ConfigError("the network has no fused layer, so there is nothing to compact; use it as it is.")
+    for _, conv, _ in layers:
+        _own_class(conv)
+        parametrize.remove_parametrizations(conv, "weight", leave_parametrized=True)
+    return plain
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a copied module a class of its own.
+
+    PyTorch makes one class for each parametrised module, deepcopy shares it between the copies, and removing the
+    parametrisation from one of them deletes the ``weight`` property of all.
+    """
+    shared = type(module)
+    namespace = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, namespace)
+
+
+def _slim(
+    model: nn.Module, example_inputs: Tensor, keep: Mapping, reasons: Mapping[str, str | None]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The slim copy, and for every convolution by name which of its input channels are left."""
+    _check_names(keep, reasons)
+    small = copy.deepcopy(model)
+    modules = dict(small.named_modules())
+    kept = {name: _checked_indices(name, indices, modules[name].out_channels) for name, indices in keep.items()}
+    for name in kept:
+        if reasons[name] is not None and len(kept[name]) < modules[name].out_channels:
+            raise UnsupportedNetwork(f"the filters of layer {name!r} cannot be removed: {reasons[name]}.")
+
+    graph = _trace(small, example_inputs)
+    # torch-pruning works through the groups one by one; tags in place of the weights remember what came from where.
+    dense = {name: module.weight for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+    for name, weight in dense.items():
+        o, i = weight.shape[:2]
+        tags = torch.arange(o * i, dtype=torch.float64, device=weight.device).view(o, i, 1, 1)
+        modules[name].weight = nn.Parameter(tags, requires_grad=False)
+    for name, indices in kept.items():
+        remaining = set(indices.tolist())
+        gone = [index for index in range(modules[name].out_channels) if index not in remaining]
+        if gone:
+            graph.get_pruning_group(modules[name], _OUT, gone).prune()
+    inputs = {}
+    for name, weight in dense.items():
+        tags = modules[name].weight.view(modules[name].weight.shape[:2]).long()
+        outputs, inputs[name] = tags[:, 0] // weight.shape[1], tags[0] % weight.shape[1]
+        left = weight.detach()[outputs][:, inputs[name]].clone()
+        modules[name].weight = nn.Parameter(left, requires_grad=weight.requires_grad)
+    small.train(model.training)
+    _check_runs(model, small, example_inputs)
+    return small, inputs
+
+
+def _trace(model: nn.Module, example_inputs: Tensor) -> torch_pruning.DependencyGraph:
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:  # torch-pruning follows gradients
+            parameter.requires_grad_(True)
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            return torch_pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example_inputs)
+    except Exception as error:
+        raise UnsupportedNetwork(
+            f"torch-pruning cannot trace this {type(model).__name__} on inputs of shape "
+            f"{tuple(example_inputs.shape)}: {error}. Check that model(example_inputs) runs and is plain PyTorch."
+        ) from error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _reason(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, calls: int) -> str | None:
+    if conv.groups > 1:
+        return "it is a grouped or depthwise convolution, which follows the layer that feeds it"
+    if calls != 1:
+        return f"the forward pass calls it {calls} times"
+    if conv not in graph.module2node:
+        return "torch-pruning does not see it in the computation"
+    if conv.out_channels < 2:
+        return "it has a single filter"
+    is_read = False
+    for dependency, _ in graph.get_pruning_group(conv, _OUT, [0]):
+        module, name = dependency.target.module, graph._module2name.get(dependency.target.module, "another layer")
+        if module is conv:
+            continue
+        if dependency.target.type == OPTYPE.PARAMETER:
+            return f"its outputs are combined with the parameter {name}"
+        removes_outputs = graph.is_out_channel_pruning_fn(dependency.handler)
+        if isinstance(module, nn.Conv2d):
+            is_depthwise = module.groups == module.in_channels == module.out_channels
+            if module.groups > 1 and not is_depthwise:
+                return f"its outputs feed the grouped convolution {name}"
+            if removes_outputs and not is_depthwise:
+                return f"its outputs are coupled with those of {name} (a sum or a gate)"
+            is_read |= not removes_outputs
+        elif isinstance(module, nn.Linear):
+            if removes_outputs:
+                return f"its outputs are coupled with those of {name} (a sum or a gate)"
+            is_read = True
+        elif list(module.parameters(recurse=False)) and not isinstance(module, _CHANNELWISE):
+            return f"its outputs go through {name}, a {type(module).__name__}"
+    return None if is_read else "no layer reads its outputs, so they are the network's own output"
+
+
+def _count_calls(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
+    calls: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+
+            def count(_module, _inputs, _output, name=name):
+                calls[name] = calls.get(name, 0) + 1
+
+            handles.append(module.register_forward_hook(count))
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            model(example_inputs)
+    except Exception as error:
+        raise UnsupportedNetwork(
+            "this "
+            f"{type(model).__name__} does not run on inputs of shape {tuple(example_inputs.shape)}: {error}."
+            " Pass one batch that model(example_inputs) accepts, on the model's device."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _check_runs(model: nn.Module, small: nn.Module, example_inputs: Tensor) -> None:
+    """Compare what both return; a network with channel numbers written into its code, or several heads, shows here."""
+    try:
+        before, after = _output_shapes(model, example_inputs), _output_shapes(small, example_inputs)
+    except Exception as error:
+        raise UnsupportedNetwork(
+            f"this {type(model).__name__} does not run any more with fewer filters: {error}. Numbers of channels may "
+            "be written into its forward(); name the layers in question in `ignore`."
+        ) from error
+    if before != after:
+        raise UnsupportedNetwork(
+            f"removing filters changed what this {type(model).__name__} returns, from shapes {before} to {after}: some "
+            "of the layers feed its output; name them in `ignore`."
+        )
+
+
+def _output_shapes(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]]:
+    with torch.no_grad(), evaluation_mode(model):
+        leaves = torch.utils._pytree.tree_leaves(model(example_inputs))
+    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tensor:
+    kept = torch.as_tensor(indices, dtype=torch.long).flatten().sort().values.cpu()
+    if len(kept) == 0:
+        raise ConfigError(f"layer {name!r} would keep no filter at all; keep at least one of its {n}.")
+    if kept[0] < 0 or kept[-1] >= n:
+        raise ConfigError(f"layer {name!r} has filters 0..{n - 1}, but {kept.tolist()} were to be kept.")
+    if len(kept.unique()) < len(kept):
+        raise ConfigError(f"a filter of layer {name!r} is listed twice in {kept.tolist()}.")
+    return kept
+
+
+def _check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"no convolution is called {unknown[0]!r}; the network has {', '.join(known)}.")
+
+
+def _refuse_parametrized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            raise UnsupportedNetwork(
+                f"layer {name!r} is parametrised (fused already?), which cannot be traced; compact() the network first."
+            )
