@@ -1,0 +1,174 @@
+"""Which processor computes, in which arithmetic, from which seed, and how much memory it took."""
+
+import os
+import platform
+import random
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apbm_core.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device called ``name``; "auto" is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        ConfigError: the name is unknown or this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise ConfigError(f"device {name!r} is unknown; allowed: {', '.join(DEVICES)}, or one GPU such as 'cuda:1'.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {str(name)!r} was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "GPUs; use 'auto' or 'cpu', or install a CUDA build of torch and its driver."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(
+            "device 'mps' was asked for, but this is no Apple GPU that torch can use; use 'auto' or 'cpu'."
+        )
+    return device
+
+
+def choose_precision(device: torch.device) -> tuple[str, bool]:
+    """The (precision, channels_last) that trains fastest on ``device``.
+
+    bfloat16 autocast where the hardware multiplies matrices in it: CUDA GPUs of compute capability 8.0 on, CPUs with
+    AMX or AVX-512 BF16. Elsewhere it is emulated, or untried, and float32 is taken. The NHWC layout goes with it: on
+    a CPU, bfloat16 without it can be slower than float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    else:
+        native = False
+    return ("bfloat16" if native else "float32"), device.type in ("cpu", "cuda")
+
+
+def resolve_precision(precision: str, channels_last: str | bool, device: torch.device) -> tuple[str, bool]:
+    """A recipe's ``precision`` and ``channels_last`` with "auto" replaced by what :func:`choose_precision` says."""
+    if "auto" in (precision, channels_last):
+        best = choose_precision(device)
+        precision = best[0] if precision == "auto" else precision
+        channels_last = best[1] if channels_last == "auto" else channels_last
+    return precision, bool(channels_last)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass computes in ``precision``, "float32" or "bfloat16"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The layout of images and convolution weights: NHWC or NCHW."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+class CompiledForward:
+    """The forward pass of ``model`` through torch.compile; the module, its parameters and their names stay the same.
+
+    Where compiling fails (no C++ compiler, an operation it does not know), a warning says so and the module itself is
+    called from then on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._forward = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        try:
+            if self._forward is None:
+                self._forward = torch.compile(self._model)
+            return self._forward(images)
+        except Exception as error:  # compilers fail in many ways; an error of the model's own is raised again below
+            if self._forward is self._model:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(
+                f"torch.compile failed ({reason}); training goes on without it.", RuntimeWarning, stacklevel=2
+            )
+            self._forward = self._model
+            return self._model(images)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's global generators: the CPU's and, if it is another, ``device``'s."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Undo :func:`random_state`. A device that the state was not taken on keeps its own."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what was asked of it, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far.
+
+    On CUDA what torch's allocator held for tensors since the process started or the peak was last reset. Elsewhere the
+    high-water mark of the whole process's resident memory, Python and libraries included; it never falls, so a phase
+    inherits the peaks of the phases that ran before it in the same process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: unlike ru_maxrss, this does not start at the peak of the process that started ours
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What a run record says of the hardware: name, threads, torch's version and the instruction set it uses."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return {
+        "type": device.type,
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
