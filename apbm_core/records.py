@@ -1,0 +1,171 @@
+"""A run is a record: what was asked for (RunConfig), what came of it (RunRecord), and where both are kept."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apbm_core.errors import RecordError
+from apbm_core.files import sha256, write_atomically
+from apbm_core.recipes import Recipe
+from apbm_core.validation import describe_validation_error
+
+FORMAT = 1
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run's outcome; two runs with equal configurations are the same run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    method: str
+    model: str
+    dataset: str
+    target: float = Field(ge=0, lt=1, description="share of the parameters (or MACs) to remove; 0 is the dense network")
+    by: Literal["params", "macs"] = "params"
+    widths: str = Field("uniform", description="'uniform' keep ratio, or the name of a published vector")
+    epochs: int = Field(ge=1, description="all epochs of the run, a shared pre-training counted")
+    schedule: Literal["equal", "published", "equal-time"] = "equal"
+    recipe: Recipe
+    seed: int = Field(ge=0)
+    split: Literal["final", "tuning"] = "final"
+    train_subset: int | None = Field(None, ge=1)
+    test_subset: int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own settings, all of them")
+
+    @property
+    def id(self) -> str:
+        """A readable name with a hash of the whole configuration, such as ``resnet20-apbm-50.0-s0-1f2e3d4c5b``."""
+        percent = "dense" if self.target == 0 else f"{100 * self.target:.4g}"
+        parts = [self.model, self.method, percent, *([] if self.schedule == "equal" else [self.schedule])]
+        return f"{'-'.join(parts)}-s{self.seed}-{self.digest[:10]}"
+
+    @property
+    def digest(self) -> str:
+        return sha256(canonical_json(self.model_dump(mode="json")).encode())
+
+
+class PhaseRecord(BaseModel):
+    """One phase of a run: training of some kind, or the work between two trainings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    seconds: float = Field(description="wall time; evaluation and checkpoints excluded")
+    epochs: int = 0
+    images: int = 0
+    images_per_second: float | None = None
+    shared: bool = Field(False, description="done once for several runs, and charged to each of them")
+
+
+class RunRecord(BaseModel):
+    """What came of a run. Counts follow METHODS: MACs of the convolutions and linear layers for one image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = FORMAT
+    id: str
+    config: RunConfig
+    test_accuracy: float | None = Field(ge=0, le=1, description="evaluated once, at the end; None when tuning")
+    test_loss: float | None
+    val_accuracy: float | None = Field(None, description="on the held-out part of the training images, when tuning")
+    parameters: int
+    macs: int
+    dense_parameters: int
+    dense_macs: int
+    widths: dict[str, int] = Field(description="filters of every convolution of the compact network")
+    phases: list[PhaseRecord]
+    history: list[dict[str, Any]] = Field(description="one entry an epoch, over all phases")
+    notes: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(description="versions, device, threads, commit, and what else ran beside")
+    started: str
+    finished: str
+    network: str | None = Field(None, description="file name of the stored network, under networks/")
+    network_sha256: str | None = None
+    data_source: str = ""
+
+    @property
+    def parameters_removed(self) -> float:
+        return 1 - self.parameters / self.dense_parameters
+
+    @property
+    def macs_removed(self) -> float:
+        return 1 - self.macs / self.dense_macs
+
+    @property
+    def seconds(self) -> float:
+        """Training time: all phases, shared ones included in full."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+class ResultsFolder:
+    """``results/<profile>``: ``runs/*.json``, ``networks/*.safetensors``, and ``work/`` for what is under way."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.runs, self.networks, self.work = self.path / "runs", self.path / "networks", self.path / "work"
+
+    def record_path(self, config: RunConfig) -> Path:
+        return self.runs / f"{config.id}.json"
+
+    def read(self, config: RunConfig) -> RunRecord | None:
+        """The record of this configuration, or None if it has not been run.
+
+        Raises:
+            RecordError: the file is damaged, was edited, or is another configuration's.
+        """
+        path = self.record_path(config)
+        if not path.exists():
+            return None
+        record = read_record(path)
+        if record.config != config:
+            raise RecordError(f"{path} holds the record of another configuration; delete it, and the run is repeated.")
+        return record
+
+    def read_all(self) -> list[RunRecord]:
+        """Every record in the folder, in the order of their ids."""
+        return [read_record(path) for path in sorted(self.runs.glob("*.json"))]
+
+    def write(self, record: RunRecord) -> Path:
+        content = record.model_dump(mode="json")
+        content["checksum"] = sha256(canonical_json(content).encode())
+        return write_atomically(self.record_path(record.config), json.dumps(content, indent=1) + "\n")
+
+    def work_folder(self, name: str) -> Path:
+        return self.work / name
+
+    def lock(self, name: str) -> FileLock:
+        """A lock on one run or one shared pre-training, freed by the system when its holder dies."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.work / f"{name}.lock")
+
+
+def read_record(path: str | Path) -> RunRecord:
+    """Read one record and check that it is whole and unedited.
+
+    Raises:
+        RecordError: it is not; the message names the file and what is wrong.
+    """
+    path, remedy = Path(path), "Restore it from version control, or delete it and the run is repeated."
+    try:
+        content = json.loads(path.read_text())
+        checksum = content.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RecordError(f"{path} is not a complete run record ({type(error).__name__}: {error}). {remedy}") from None
+    if sha256(canonical_json(content).encode()) != checksum:
+        raise RecordError(f"{path} was changed after it was written: its checksum does not match. {remedy}")
+    if content.get("format") != FORMAT:
+        raise RecordError(f"{path} has record format {content.get('format')!r}; this version reads {FORMAT}. {remedy}")
+    try:
+        record = RunRecord.model_validate(content)
+    except ValidationError as error:
+        raise RecordError(describe_validation_error(error, RunRecord, str(path))) from None
+    if record.id != record.config.id or path.stem != record.id:
+        raise RecordError(f"{path} says it is {record.id!r}, its configuration is {record.config.id!r}. {remedy}")
+    return record
+
+
+def canonical_json(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,293 @@
+"""A whole study on the digits: the grid, what is skipped, what is resumed, what is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
+from apbm_core.methods import NAMES, get_method
+from apbm_core.models import build_model
+from apbm_core.networks import load_compact
+from apbm_core.study import Study, StudyParameters, _spread
+from apbm_core.summary import against_rivals, mean_and_interval, points, runs_frame
+from apbm_core.workers import plan_workers, run_side_by_side
+
+TINY = {
+    "dataset": "digits", "models": ["resnet20"], "targets": {"resnet20": [0.5]}, "epochs": 2, "train_subset": 128,
+    "test_subset": 60, "recipe_overrides": {"batch_size": 64}, "workers": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def tiny(folder, **changes) -> Study:
+    return Study.of(folder, **(TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    study = tiny(folder)
+    return study, study.run()
+
+
+def test_every_method_is_recorded_once(finished):
+    study, records = finished
+    assert sorted(r.config.method for r in records) == sorted(NAMES)
+    assert len(list(study.results.runs.glob("*.json"))) == len(NAMES)
+    assert not [path for path in study.results.work.iterdir() if path.is_dir() and not path.name.startswith("pretrain")]
+
+
+def test_ranking_methods_have_identical_widths_and_all_meet_the_target(finished):
+    _, records = finished
+    ranking = [r for r in records if r.config.method in ("apbm", "dcff", "scratch", "hrank", "l1", "fpgm", "random")]
+    assert len({tuple(r.widths.items()) for r in ranking}) == 1
+    for record in records:
+        if record.config.method != "dense":
+            assert abs(record.parameters_removed - 0.5) < 0.005, record.id
+    assert {r.parameters for r in records if r.config.method == "dense"} == {r.dense_parameters for r in records}
+
+
+def test_every_method_gets_the_same_number_of_epochs(finished):
+    _, records = finished
+    for record in records:
+        assert sum(phase.epochs for phase in record.phases) == 2 == len(record.history)
+        assert all(phase.seconds > 0 for phase in record.phases)
+
+
+def test_the_pretraining_is_shared_and_charged(finished):
+    _, records = finished
+    shared = [
+        p for r in records if get_method(r.config.method).starts_from == "pretrained" for p in r.phases if p.shared
+    ]
+    assert len(shared) == 4 and len({phase.seconds for phase in shared}) == 1
+
+
+def test_stored_networks_score_what_the_record_says(finished):
+    study, records = finished
+    split = study.data().split("final", 0, TINY["train_subset"], TINY["test_subset"])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (split.mean, split.std))
+    images = (split.test.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    for record in records:
+        model = load_compact(study.results.networks / record.network)
+        with torch.no_grad():
+            accuracy = (model(images).argmax(1) == split.test.labels).double().mean().item()
+        assert accuracy == pytest.approx(record.test_accuracy), record.id
+
+
+def test_what_is_recorded_is_not_run_again(finished, monkeypatch):
+    study, records = finished
+
+    def never(*arguments, **keywords):
+        raise AssertionError("a recorded run was executed")
+
+    monkeypatch.setattr("apbm_core.study.execute", never)
+    assert study.run() == records
+
+
+def test_records_only_reads_and_never_trains(finished, tmp_path):
+    study, records = finished
+    assert Study(study.parameters, study.results.path, records_only=True).run() == records
+    with pytest.raises(ApbmError, match="10 of 10 runs are not recorded"):
+        Study(study.parameters, tmp_path, records_only=True).run()
+
+
+def test_tables_from_records(finished):
+    _, records = finished
+    frame = runs_frame(records)
+    table = points(frame)
+    assert len(table) == len(NAMES) and set(table["n"]) == {1} and table["interval"].isna().all()
+    rivals = against_rivals(frame)
+    apbm, l1 = (frame[frame["method"] == name]["accuracy"].item() for name in ("apbm", "l1"))
+    assert rivals[rivals["rival"] == "L1"]["difference"].item() == pytest.approx(apbm - l1)
+    assert rivals["verdict"].str.contains("no interval").all()
+
+
+def test_mean_and_interval_against_scipy():
+    from scipy import stats
+
+    values = [91.2, 91.9, 90.8, 91.5]
+    mean, half = mean_and_interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_runs_repeat_bit_for_bit(finished, tmp_path):
+    _, records = finished
+    again = tiny(tmp_path, methods=["apbm"]).run()[0]
+    first = next(r for r in records if r.config.method == "apbm")
+    assert again.network_sha256 == first.network_sha256 and again.test_loss == first.test_loss
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, tmp_path):
+    _, records = finished
+    for method in ("apbm", "l1", "polarization", "swp"):
+        study = tiny(tmp_path / method, methods=[method])
+        config = study.configs()[0]
+        calls = [0]
+
+        def interrupt(said, calls=calls):
+            calls[0] += 1
+            if calls[0] % 3 == 0:
+                raise KeyboardInterrupt
+
+        from apbm_core.runs import execute
+
+        for _ in range(20):
+            try:
+                record = execute(config, str(study.results.path), "cpu", 1, interrupt)
+                break
+            except KeyboardInterrupt:
+                continue
+        whole = next(r for r in records if r.config == config)
+        assert calls[0] > 3 and record.network_sha256 == whole.network_sha256, method
+        assert [strip(row) for row in record.history] == [strip(row) for row in whole.history]
+
+
+def strip(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("seconds", "images_per_second")}
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path):
+    study = tiny(tmp_path, methods=["dense", "scratch"], recipe_overrides={"batch_size": 64, "lr": 1e30})
+    with pytest.raises(ApbmError, match="2 of 2 runs failed") as error:
+        study.run()
+    assert TrainingDiverged.__name__ in str(error.value) and "epoch" in str(error.value)
+
+
+def test_the_fallback_is_announced(tmp_path, monkeypatch):
+    monkeypatch.setenv("APBM_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("apbm_core.cifar.download", _no_network)
+    study = tiny(tmp_path, dataset="cifar10", fallback="digits", train_subset=None, test_subset=None)
+    assert study.dataset == "digits" and "NOT cifar10" in study.banner
+    with pytest.raises(DataError):
+        tiny(tmp_path, dataset="cifar10", fallback=None).data()
+
+
+def _no_network(name, root):
+    raise DataError("the network is unreachable")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epoch": 3}, "'epoch' is not a parameter; did you mean 'epochs'"),
+        ({"epochs": "3"}, "epochs = '3'"),
+        ({"epochs": 0}, "epochs = 0"),
+        ({"epochs": 2.5}, "epochs = 2.5"),
+        ({"targets": {"resnet20": [0.0]}}, "above 0 and below 1"),
+        ({"targets": {"resnet20": [1.2]}}, "above 0 and below 1"),
+        ({"targets": {"resnet20": [0.99999]}}, "0.99999"),
+        ({"targets": {}}, "no target is given for resnet20"),
+        ({"models": ["resnet21"]}, "did you mean 'resnet20'"),
+        ({"methods": ["abpm"]}, "did you mean 'apbm'"),
+        ({"methods": []}, "methods"),
+        ({"recipe": "slow"}, "no recipe 'slow'"),
+        ({"recipe_overrides": {"lr": "0.1"}}, "lr"),
+        ({"options": {"apbm": {"tau": 1}}}, "'tau' is not a parameter"),
+        ({"widths": "dcff"}, "no widths 'dcff'"),
+        ({"widths": "dcff-vgg16-cifar10"}, "vgg16's, not resnet20's"),
+        ({"seeds": [0, 0]}, "different"),
+        ({"device": "tpu"}, "'tpu'"),
+        ({"schedules": ["same"]}, "schedules"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(tmp_path, changes, words):
+    with pytest.raises(ConfigError) as error:
+        tiny(tmp_path, **changes)
+    assert words in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_all_wrong_parameters_are_listed_at_once():
+    with pytest.raises(ConfigError) as error:
+        StudyParameters.parse({"epochs": -1, "seed": 3, "workers": "two"})
+    assert all(name in str(error.value) for name in ("epochs", "seed", "workers"))
+
+
+def test_equal_time_gives_the_slim_methods_as_many_epochs_as_l1s_time_holds(finished):
+    base, records = finished
+    parameters = base.parameters.model_copy(update={"schedules": ["equal", "equal-time"]})
+    configs = Study(parameters, base.results.path).equal_time_configs()
+    assert {config.method for config in configs} == {"apbm", "dcff", "scratch"}
+    by_method = {record.config.method: record for record in records}
+    for config in configs:
+        own, budget = by_method[config.method], by_method["l1"].seconds
+        assert config.epochs == max(1, int(budget / (own.seconds / 2)))
+
+
+def test_the_shared_pretraining_is_started_by_one_run(finished):
+    order = [config.method for config in _spread(finished[0].configs())]
+    assert order[0] == "hrank" and set(order[-3:]) == {"l1", "fpgm", "random"}
+
+
+def test_workers_share_the_cores():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers, threads = plan_workers(0, 100, torch.device("cpu"))
+    assert workers == min(4, cores) and threads == max(1, cores // workers)
+    assert plan_workers(0, 100, torch.device("cuda"))[0] == 1
+    assert plan_workers(3, 2, torch.device("cpu"))[0] == 2
+
+
+def double(x, report):
+    report(f"at {x}")
+    if x == 3:
+        raise ValueError("three")
+    return 2 * x
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_side_by_side_yields_every_result_and_every_error(workers):
+    found = {i: (result, error) for i, result, error in run_side_by_side(double, [(1,), (3,), (5,)], workers, 1, print)}
+    assert found[0] == (2, None) and found[2] == (10, None)
+    assert found[1][0] is None and str(found[1][1]) == "three"
+
+
+SCRIPT = """
+import sys
+from apbm_core.study import Study
+if __name__ == "__main__":
+    Study.of(sys.argv[1], dataset="digits", models=["resnet20"], targets={"resnet20": [0.5]}, epochs=60, workers=2,
+             methods=["scratch", "dense"], train_subset=128, test_subset=60).run()
+"""
+
+
+@pytest.mark.slow
+def test_workers_die_with_their_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = tmp_path / "results"
+    parent = subprocess.Popen([sys.executable, str(script), str(folder)], start_new_session=True)
+    _wait(lambda: list(folder.rglob("*.ckpt")), 120)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    _wait(lambda: not _processes_of(parent.pid), 20)
+
+
+def _wait(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def _processes_of(session: int) -> list[int]:
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+def test_dense_counts_come_from_the_models(finished):
+    _, records = finished
+    dense = build_model("resnet20", 10)
+    assert {r.dense_parameters for r in records} == {sum(p.numel() for p in dense.parameters())}
