@@ -1,0 +1,249 @@
+"""Every plot the notebooks show. Each takes records, and its title says what they found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from apbm_core.methods import NAMES, get_method
+from apbm_core.records import RunRecord
+from apbm_core.summary import (
+    history_frame,
+    label_dataset,
+    label_model,
+    phase_frame,
+    points,
+    runs_frame,
+)
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and three more; APBM gets the strongest.
+COLOURS = {
+    "dense": "#444444",
+    "apbm": "#D55E00",
+    "dcff": "#E69F00",
+    "scratch": "#000000",
+    "hrank": "#0072B2",
+    "polarization": "#CC79A7",
+    "swp": "#009E73",
+    "l1": "#56B4E9",
+    "fpgm": "#8C6D31",
+    "random": "#999999",
+}
+MARKERS = dict(zip(NAMES, "_oDsv^Pp*X", strict=True))
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def use_style() -> None:
+    """Apply the study's look to all figures that follow."""
+    plt.rcParams.update(STYLE)
+
+
+def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Figure:
+    """Write ``folder/figures/<name>.png``, with the banner across the top if there is one; return the figure."""
+    if banner:
+        figure.suptitle(banner, color="#B00020", fontweight="bold")
+    path = Path(folder) / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})  # no date and no version: equal figures are equal files
+    return figure
+
+
+def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
+    """Accuracy against the parameters and against the MACs removed: a row a network, a line a method."""
+    table = points(runs_frame(records))
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.4 * len(models)), squeeze=False, sharey="row")
+    for row, model in zip(axes, models, strict=True):
+        part = table[(table["model"] == model) & (table["schedule"] != "equal-time")]
+        for axis, removed in zip(row, ("parameters removed", "MACs removed"), strict=True):
+            _dense_band(axis, part)
+            for method in _methods(part):
+                line = part[part["method"] == method].sort_values(removed)
+                _points(axis, line[removed], line, method)
+            axis.set_xlabel(f"{removed} (%)")
+        row[0].set_ylabel("test accuracy (%)")
+        row[0].set_title(f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", loc="left")
+        row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def accuracy_against_time(records: Sequence[RunRecord]) -> Figure:
+    """Accuracy against the total training time of a run, shared pre-training included: one panel a network."""
+    table = points(runs_frame(records))
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.4), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        part = table[table["model"] == model]
+        for method in (*_methods(part), "dense"):
+            for schedule, line in part[part["method"] == method].groupby("schedule", sort=False):
+                hollow = schedule == "equal-time"
+                _points(axis, line["training seconds"] / 60, line, method, joined=False, hollow=hollow)
+        slowest, fastest = (part.loc[part["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
+        ratio = slowest["training seconds"] / fastest["training seconds"]
+        axis.set_title(
+            f"{label_model(model)}, {_dataset(part)}: {_label(slowest['method'])} takes {ratio:.1f} times as long as "
+            f"{_label(fastest['method'])}",
+            loc="left",
+            fontsize=10,
+        )
+        axis.set_xlabel("training time of the run (minutes; hollow: equal-time runs)")
+        axis.set_ylabel("test accuracy (%)")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def training_curves(records: Sequence[RunRecord]) -> Figure:
+    """Training accuracy by epoch, all phases in a row; the last mark of each line is the test accuracy."""
+    history, runs = history_frame(records), runs_frame(records)
+    models = list(dict.fromkeys(history["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.2), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        part = history[history["model"] == model]
+        final = runs[runs["model"] == model].set_index("id")
+        for method in NAMES:
+            for identifier, line in part[part["method"] == method].groupby("id", sort=False):
+                first = identifier == part[part["method"] == method]["id"].iloc[0]
+                axis.plot(
+                    line["epoch"],
+                    100 * line["train_accuracy"],
+                    color=COLOURS[method],
+                    lw=1.4,
+                    label=_label(method) if first else None,
+                )
+                axis.plot(
+                    line["epoch"].max(),
+                    final.loc[identifier, "accuracy"],
+                    MARKERS[method] if method != "dense" else "h",
+                    color=COLOURS[method],
+                    ms=7,
+                )
+        best = final["accuracy"].idxmax()
+        axis.set_title(
+            f"{label_model(model)}: {_label(final.loc[best, 'method'])} ends highest, at "
+            f"{final.loc[best, 'accuracy']:.1f} % on the test images",
+            loc="left",
+        )
+        axis.set_xlabel("epoch, all phases counted")
+        axis.set_ylabel("training accuracy (%), marks: test")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def phase_times(records: Sequence[RunRecord]) -> Figure:
+    """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network."""
+    phases = phase_frame([record for record in records if record.config.schedule == "equal"])
+    models = list(dict.fromkeys(phases["model"]))
+    names = list(dict.fromkeys(phases["phase"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(6.2 * len(models), 3.8), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        part = phases[phases["model"] == model]
+        runs = part.groupby("method")[["target", "seed"]].apply(lambda g: len(g.drop_duplicates()))
+        seconds = part.pivot_table(index="method", columns="phase", values="seconds", aggfunc="sum").div(runs, axis=0)
+        order = seconds.sum(axis=1).sort_values(ascending=False).index
+        left = pd.Series(0.0, index=order)
+        for number, phase in enumerate(name for name in names if name in seconds):
+            width = seconds[phase].reindex(order).fillna(0) / 60
+            axis.barh([_label(m) for m in order], width, left=left, label=phase, color=plt.cm.tab10(number), height=0.7)
+            left += width
+        axis.set_xlabel("minutes a run")
+        axis.set_title(
+            f"{label_model(model)}: {_label(order[0])} trains longest, "
+            f"{left.max() / left.min():.1f} times {_label(order[-1])}",
+            loc="left",
+        )
+        axis.grid(axis="y", visible=False)
+        axis.legend(fontsize=8, title="phase")
+    return figure
+
+
+def fusion_course(records: Sequence[RunRecord]) -> Figure:
+    """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse."""
+    history = history_frame([record for record in records if any("fusion" in row for row in record.history)])
+    quantities = {
+        "own_share": "a kept filter's share\nof its fused filter",
+        "self_mass": "self-mass of the\nbank's filters",
+        "entropy": "entropy of the similarity\ndistributions (nats)",
+        "churn": "kept filters replaced\nin the epoch",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+    for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
+        for method in _methods(history):
+            line = history[history["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
+            axis.plot(line.index, line, MARKERS[method] + "-", color=COLOURS[method], label=_label(method))
+        axis.set_xlabel("epoch")
+        axis.set_title(title, fontsize=10, loc="left")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _methods(table: pd.DataFrame) -> list[str]:
+    present = set(table["method"])
+    return [name for name in NAMES if name in present and name != "dense"]
+
+
+def _points(
+    axis: Axes, x: pd.Series, line: pd.DataFrame, method: str, joined: bool = True, hollow: bool = False
+) -> None:
+    emphasis = method == "apbm"
+    axis.errorbar(
+        x,
+        line["accuracy"],
+        yerr=line["interval"].fillna(0),
+        color=COLOURS[method],
+        capsize=3,
+        marker="h" if method == "dense" else MARKERS[method],
+        ms=9 if emphasis else 6.5,
+        markerfacecolor="none" if hollow else COLOURS[method],
+        lw=2.2 if emphasis else 1.2,
+        ls="-" if joined and len(line) > 1 else "none",
+        zorder=4 if emphasis else 3,
+        label=None if hollow else f"{_label(method)} (n={line['n'].min()})",
+    )
+
+
+def _dense_band(axis: Axes, part: pd.DataFrame) -> None:
+    dense = part[part["method"] == "dense"]
+    if dense.empty:
+        return
+    row = dense.iloc[0]
+    half = 0 if pd.isna(row["interval"]) else row["interval"]
+    axis.axhspan(row["accuracy"] - half, row["accuracy"] + half, color=COLOURS["dense"], alpha=0.15, lw=0)
+    axis.axhline(row["accuracy"], color=COLOURS["dense"], lw=1.2, ls="--", label=f"dense (n={row['n']})")
+
+
+def _finding(part: pd.DataFrame) -> str:
+    """The one sentence that a row of curves supports, at the target most methods share."""
+    pruned = part[part["method"] != "dense"]
+    if pruned.empty:
+        return "the dense network alone"
+    target = pruned["target"].value_counts().idxmax()
+    there = pruned[pruned["target"] == target]
+    best = there.loc[there["accuracy"].idxmax()]
+    sentence = f"at {target:.4g} % removed {_label(best['method'])} leads with {best['accuracy']:.1f} %"
+    apbm, scratch = (there[there["method"] == name]["accuracy"] for name in ("apbm", "scratch"))
+    if len(apbm) and len(scratch):
+        sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"
+    return sentence
+
+
+def _dataset(part: pd.DataFrame) -> str:
+    return label_dataset(part["dataset"].iloc[0])
+
+
+def _label(method: str) -> str:
+    return get_method(method).label

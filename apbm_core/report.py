@@ -1,0 +1,135 @@
+"""What the notebooks call between their figures: opening the study, and tables that are shown and stored.
+
+Every table is written to ``results/<profile>/tables/<name>.csv`` as well.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML, display
+from pandas.io.formats.style import Styler
+
+from apbm_core.claims import claims_frame
+from apbm_core.files import write_atomically
+from apbm_core.methods import get_method
+from apbm_core.records import RunRecord
+from apbm_core.runs import environment
+from apbm_core.study import Study, StudyParameters
+from apbm_core.summary import against_rivals, label_model, phase_frame, points, runs_frame
+
+_FORMATS = {
+    "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
+    "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
+    "training seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "epochs": "{:.0f}",
+    "time ratio": "{:.2f}",
+}  # fmt: skip
+_PERCENT = {"target", "accuracy", "parameters removed", "MACs removed"}
+
+
+def open_study(profile: str, results: str, **parameters) -> Study:
+    """The study of a notebook's parameters, all of them checked.
+
+    Raises:
+        ConfigError: naming each value that is unknown, of the wrong type or impossible.
+    """
+    return Study(StudyParameters.parse(parameters), Path(results) / profile)
+
+
+def describe(study: Study) -> None:
+    """Show the versions, the machine and the data; and the banner, if the data are not those asked for."""
+    facts = environment(study.device)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"Python {facts['python']}, {versions}",
+        f"{facts['device']}, {facts['threads']} threads; source {facts['commit'][:12]}",
+        study.source,
+    ]
+    if study.banner:
+        display(HTML(f'<p style="color:#B00020;font-size:1.4em;font-weight:bold">{study.banner}</p>'))
+    print("\n".join(lines))
+
+
+def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
+    """One row for each network, method and target: means over the seeds."""
+    columns = ["model", "method", "target", "schedule", "epochs", "accuracy", "interval", "n", "parameters", "MACs",
+               "parameters removed", "training seconds"]  # fmt: skip
+    table = points(runs_frame(records))
+    return _shown(study, table[columns] if len(table) else table, name)
+
+
+def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None:
+    """For each network and target all methods, the best accuracy first, the dense network beside them."""
+    table = points(runs_frame(records))
+    columns = ["method", "schedule", "epochs", "accuracy", "interval", "n", "drop", "parameters", "MACs",
+               "parameters removed", "MACs removed", "training seconds"]  # fmt: skip
+    for (model, target), group in table[table["target"] > 0].groupby(["model", "target"], sort=False):
+        dense = table[(table["model"] == model) & (table["target"] == 0)]
+        rows = pd.concat([dense, group]).sort_values("accuracy", ascending=False)[columns]
+        words = f"{label_model(model)}, {target:.4g} % of the {study.parameters.by} to remove"
+        display(_shown(study, rows, f"{name}_{model}_{target:.4g}").set_caption(words))
+
+
+def rivals_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
+    """APBM's accuracy minus each rival's, with interval and verdict."""
+    return _shown(study, against_rivals(runs_frame(records)), name)
+
+
+def phase_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
+    """Epochs, seconds and images per second of each phase, averaged over the seeds."""
+    table = phase_frame(records)
+    if len(table):
+        keys = ["model", "method", "target", "schedule", "phase", "shared"]
+        table = table.groupby(keys, sort=False)[["epochs", "seconds", "images/s"]].mean().reset_index()
+    return _shown(study, table, name)
+
+
+def notes_table(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """What the methods put into their records on the way."""
+    rows = [
+        {"run": record.id, "note": key, "value": _brief(value)}
+        for record in records
+        for key, value in record.notes.items()
+    ]
+    return pd.DataFrame(rows, columns=["run", "note", "value"])
+
+
+def claims_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
+    """The abstract's claims, what was measured, and the verdicts."""
+    return _shown(study, claims_frame(records), name)
+
+
+def provenance_table(study: Study, records: Sequence[RunRecord]) -> pd.DataFrame:
+    """One row a run: its record, when, where and from which source it was made."""
+    return pd.DataFrame(
+        [
+            {
+                "record": f"runs/{record.id}.json",
+                "finished": record.finished,
+                "commit": record.environment["commit"][:12],
+                "device": record.environment["device"],
+                "threads": record.environment["threads"],
+                "side by side": record.environment["side_by_side"],
+                "precision": record.environment["precision"],
+            }
+            for record in records
+        ]
+    )
+
+
+def _shown(study: Study, table: pd.DataFrame, name: str) -> Styler:
+    table = table.copy()
+    if "method" in table:
+        table["method"] = [get_method(method).label for method in table["method"]]
+    write_atomically(study.results.path / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    styler = table.style.format({key: value for key, value in _FORMATS.items() if key in table}, na_rep="")
+    return (
+        styler.hide(axis="index")
+        .relabel_index([f"{column} (%)" if column in _PERCENT else column for column in table.columns], axis="columns")
+        .set_uuid(name)
+    )  # a fixed id: equal tables render to equal pages
+
+
+def _brief(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,168 @@
+"""Records as tables: one row a run, means with confidence intervals, and APBM against each rival."""
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+from apbm_core.methods import NAMES, get_method
+from apbm_core.records import RunRecord
+
+CONFIDENCE = 0.95
+MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56", "resnet110": "ResNet110"}
+DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
+POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
+
+
+def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds.
+
+    The accuracy is the test set's, or the validation images' for a tuning run.
+    """
+    rows = []
+    for record in records:
+        config = record.config
+        accuracy = record.test_accuracy if record.test_accuracy is not None else record.val_accuracy
+        rows.append(
+            {
+                "model": config.model,
+                "dataset": config.dataset,
+                "method": config.method,
+                "schedule": config.schedule,
+                "target": 100 * config.target,
+                "seed": config.seed,
+                "epochs": config.epochs,
+                "accuracy": 100 * accuracy,
+                "parameters": record.parameters,
+                "MACs": record.macs,
+                "parameters removed": 100 * record.parameters_removed,
+                "MACs removed": 100 * record.macs_removed,
+                "training seconds": record.seconds,
+                "device": record.environment["device"],
+                "side by side": record.environment["side_by_side"],
+                "id": record.id,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    if not frame.empty:
+        frame["method"] = pd.Categorical(frame["method"], [name for name in NAMES if name in set(frame["method"])])
+        dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
+        keys = pd.MultiIndex.from_frame(frame[["model", "dataset"]])
+        frame["drop"] = dense.reindex(keys).to_numpy() - frame["accuracy"]
+        frame = frame.sort_values([*POINT, "seed"], ignore_index=True)
+    return frame
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half-width of its 95 % confidence interval (Student's t); the latter is NaN for one value."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+
+
+def points(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each network, method, schedule and target: means over the seeds, the interval of the accuracy, n."""
+    rows = []
+    for key, group in frame.groupby(POINT, observed=True, sort=False):
+        mean, half_width = mean_and_interval(group["accuracy"].tolist())
+        columns = ["epochs", "drop", "parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
+        rows.append(
+            dict(zip(POINT, key, strict=True))
+            | {"accuracy": mean, "interval": half_width, "n": len(group)}
+            | group[columns].mean().to_dict()
+        )
+    return pd.DataFrame(rows)
+
+
+def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
+    """``method``'s accuracy minus each rival's, at the same network, target and schedule, paired by seed; in points."""
+    rows = []
+    keys = ["model", "dataset", "target", "schedule"]
+    for key, group in frame[frame["method"] != "dense"].groupby(keys, observed=True, sort=False):
+        accuracy = group.pivot_table(index="seed", columns="method", values="accuracy", observed=True)
+        seconds = group.pivot_table(index="seed", columns="method", values="training seconds", observed=True)
+        if method not in accuracy:
+            continue
+        for rival in accuracy.columns.drop(method):
+            difference = (accuracy[method] - accuracy[rival]).dropna()
+            if len(difference):
+                mean, half_width = mean_and_interval(difference.tolist())
+                rows.append(
+                    dict(zip(keys, key, strict=True))
+                    | {
+                        "rival": get_method(rival).label,
+                        "difference": mean,
+                        "interval": half_width,
+                        "n": len(difference),
+                        "time ratio": (seconds[method] / seconds[rival]).dropna().mean(),
+                        "verdict": verdict(mean, half_width, len(difference)),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def verdict(difference: float, half_width: float, n: int) -> str:
+    """What n paired differences allow one to say."""
+    if n < 2:
+        return f"{'above' if difference > 0 else 'below'} by one seed: no interval"
+    if abs(difference) <= half_width:
+        return "no difference shown"
+    return "above" if difference > 0 else "below"
+
+
+def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """One row for each phase of each run, with its epochs, seconds and images per second."""
+    return pd.DataFrame(
+        [
+            {
+                "model": record.config.model,
+                "method": record.config.method,
+                "target": 100 * record.config.target,
+                "schedule": record.config.schedule,
+                "seed": record.config.seed,
+                "phase": phase.name,
+                "epochs": phase.epochs,
+                "seconds": phase.seconds,
+                "images/s": phase.images_per_second,
+                "shared": phase.shared,
+            }
+            for record in records
+            for phase in record.phases
+        ]
+    )
+
+
+def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """One row for each epoch of each run, counted over all its phases from 1."""
+    rows = []
+    for record in records:
+        for count, row in enumerate(record.history, start=1):
+            fusion = {f"fusion {name}": value for name, value in row.get("fusion", {}).items()}
+            plain = {name: value for name, value in row.items() if not isinstance(value, dict)}
+            config = record.config
+            rows.append(
+                {
+                    "model": config.model,
+                    "method": config.method,
+                    "target": 100 * config.target,
+                    "schedule": config.schedule,
+                    "seed": config.seed,
+                    "id": record.id,
+                }
+                | plain
+                | fusion
+                | {"epoch": count}
+            )
+    return pd.DataFrame(rows)
+
+
+def label_model(model: str) -> str:
+    return MODEL_LABELS.get(model, model)
+
+
+def label_dataset(dataset: str) -> str:
+    return DATASET_LABELS.get(dataset, dataset)
