@@ -7,12 +7,13 @@ from torch import nn
 
 from apbm_core.checkpoint import load_network, save_network
 from apbm_core.models import build_model, prunable_convs
-from apbm_core.stripes import apply_stripe_description, stripe_description
+from apbm_core.stripes import StripeConv2d, apply_stripe_description, stripe_description
 
 
 def widths_of(model: nn.Module) -> dict[str, int]:
-    """The number of filters of every convolution of a plain network, by name."""
-    return {name: module.out_channels for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    """The number of filters of every convolution of a compact network, by name."""
+    kinds = (nn.Conv2d, StripeConv2d)
+    return {name: module.out_channels for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def save_compact(path: str | Path, model: nn.Module, name: str, num_classes: int) -> Path:

@@ -91,6 +91,9 @@ class StripeConv2d(nn.Module):
 
     A filter without stripes outputs its bias (zeros without one); so does a layer without any.
 
+    ``torch.onnx.export(..., dynamo=True)`` takes it; pass ``optimize=False`` for a whole network, whose many slices the
+    exporter's optimiser goes through in quadratic time. ONNX Runtime optimises on loading in any case.
+
     Attributes:
         weight: (stripes, c_in), the surviving weights.
         bias: (n,) or None.
@@ -139,7 +142,6 @@ class StripeConv2d(nn.Module):
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         height = (x.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
         width = (x.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
-        mixes_first = (sh, sw) == (1, 1) and (height, width) == tuple(x.shape[2:])
         rows = [slice(i * dh, i * dh + (height - 1) * sh + 1, sh) for i in range(kh)]
         columns = [slice(j * dw, j * dw + (width - 1) * sw + 1, sw) for j in range(kw)]
         windows = [window for window, count in zip(product(rows, columns), self.stripes_at, strict=True) if count]
@@ -148,15 +150,18 @@ class StripeConv2d(nn.Module):
         if not counts:
             out = x.new_zeros(x.shape[0], self.out_channels, height, width)
         else:
-            if mixes_first:
+            if (sh, sw) == (1, 1) and (height, width) == tuple(x.shape[2:]):
                 products = F.pad(F.conv2d(x, weight), self.padding).split(counts, 1)
-                shifted = [part[:, :, i, j] for part, (i, j) in zip(products, windows, strict=True)]
+                parts = [part[:, :, i, j] for part, (i, j) in zip(products, windows, strict=True)]
             else:
                 padded = F.pad(x, self.padding)
-                parts = zip(weight.split(counts), windows, strict=True)
-                shifted = [F.conv2d(padded[:, :, i, j], part) for part, (i, j) in parts]
-            stripes = torch.cat(shifted, 1)
-            out = stripes.new_zeros(x.shape[0], self.out_channels, height, width).index_add(1, self.filters, stripes)
+                weights = weight.split(counts)
+                parts = [F.conv2d(padded[:, :, i, j], part) for part, (i, j) in zip(weights, windows, strict=True)]
+            # The outputs have the products' type, which under autocast is narrower than the input's. One sum for each
+            # position, not one for all: there no filter occurs twice, or ONNX Runtime's threads would lose sums.
+            out = parts[0].new_zeros(x.shape[0], self.out_channels, height, width)
+            for part, filters in zip(parts, self.filters.split(counts), strict=True):
+                out.index_add_(1, filters, part)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
