@@ -141,7 +141,8 @@ def save_network(path: str | Path, state_dict: Mapping[str, Tensor], metadata: M
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()
     }
     text = json.dumps(dict(metadata), sort_keys=True)
-    header = {"format": "pt", "apbm": text, "sha256": _network_digest(tensors, text)}
+    # One entry only: safetensors writes several in any order, and equal networks should be equal files.
+    header = {"apbm": json.dumps({"metadata": text, "sha256": _network_digest(tensors, text)})}
     return write_atomically(path, safetensors.torch.save(tensors, header))
 
 
@@ -162,11 +163,14 @@ def read_network(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); restore it or make it again."
         ) from error
-    if not {"apbm", "sha256"} <= header.keys():
-        raise CheckpointError(f"{path} carries no metadata of this package; write it with save_network.")
-    if _network_digest(tensors, header["apbm"]) != header["sha256"]:
+    try:
+        content = json.loads(header["apbm"])
+        text, digest = content["metadata"], content["sha256"]
+    except (KeyError, ValueError, TypeError):
+        raise CheckpointError(f"{path} carries no metadata of this package; write it with save_network.") from None
+    if _network_digest(tensors, text) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256 digest; make it again.")
-    return tensors, json.loads(header["apbm"])
+    return tensors, json.loads(text)
 
 
 def load_network(path: str | Path, build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
