@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from apbm_core.errors import ApbmError
@@ -41,12 +42,25 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
     return path
 
 
-def remove_stale_temporaries(folder: str | Path) -> int:
-    """Delete the temporary files that a killed process left in ``folder``; return how many. Call it under a lock."""
-    stale = list(Path(folder).glob(".*.tmp")) if Path(folder).is_dir() else []
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+def remove_stale_temporaries(folder: str | Path, stem: str = "*", older_than: float = 0.0) -> int:
+    """Delete the temporary files that a killed process left in ``folder``; return how many.
+
+    Call it under the lock that writers of these files hold, or, where there is none, give ``older_than``.
+
+    Args:
+        folder: need not exist.
+        stem: only those of files called so, whatever their ending.
+        older_than: only those that were last written so many seconds ago.
+    """
+    stale = 0
+    for path in Path(folder).glob(f".{stem}.*.tmp") if Path(folder).is_dir() else ():
+        try:
+            if time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
+                stale += 1
+        except FileNotFoundError:  # its writer lives, and has just finished
+            continue
+    return stale
 
 
 def sha256(data: bytes) -> str:

@@ -1,14 +1,17 @@
 """A run is a record: what was asked for (RunConfig), what came of it (RunRecord), and where both are kept."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from apbm_core.errors import RecordError
-from apbm_core.files import sha256, write_atomically
+from apbm_core.errors import ApbmError, RecordError
+from apbm_core.files import remove_stale_temporaries, sha256, write_atomically
 from apbm_core.recipes import Recipe
 from apbm_core.validation import describe_validation_error
 
@@ -20,7 +23,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    method: str
+    method: str = Field(description="a method's name, or the path of the user's own, a .py file")
     model: str
     dataset: str
     target: float = Field(ge=0, lt=1, description="share of the parameters (or MACs) to remove; 0 is the dense network")
@@ -39,12 +42,14 @@ class RunConfig(BaseModel):
     def id(self) -> str:
         """A readable name with a hash of the whole configuration, such as ``resnet20-apbm-50.0-s0-1f2e3d4c5b``."""
         percent = "dense" if self.target == 0 else f"{100 * self.target:.4g}"
-        parts = [self.model, self.method, percent, *([] if self.schedule == "equal" else [self.schedule])]
+        parts = [self.model, Path(self.method).stem, percent, *([] if self.schedule == "equal" else [self.schedule])]
         return f"{'-'.join(parts)}-s{self.seed}-{self.digest[:10]}"
 
     @property
     def digest(self) -> str:
-        return sha256(canonical_json(self.model_dump(mode="json")).encode())
+        """A hash of everything that was chosen. Defaults are left out, so that a setting added later, whose default is
+        what was done before it existed, leaves the ids of earlier runs alone."""
+        return sha256(canonical_json(self.model_dump(mode="json", exclude_defaults=True)).encode())
 
 
 class PhaseRecord(BaseModel):
@@ -141,6 +146,35 @@ class ResultsFolder:
         self.work.mkdir(parents=True, exist_ok=True)
         return FileLock(self.work / f"{name}.lock")
 
+    @contextmanager
+    def exclusively(self, name: str) -> Iterator[None]:
+        """Hold the lock on one run or pre-training; what a killed process left half written of it is removed first.
+
+        Raises:
+            ApbmError: the folder cannot be written.
+        """
+        try:
+            lock = self.lock(name)
+            lock.acquire()
+        except OSError as error:
+            raise ApbmError(
+                f"cannot write to {self.path}: {error.strerror or error}. Free some space or choose a folder you may "
+                "write to."
+            ) from error
+        try:
+            for folder in (self.runs, self.networks):
+                remove_stale_temporaries(folder, name)
+            remove_stale_temporaries(self.work_folder(name))
+            yield
+        finally:
+            lock.release()
+
+    def remove_work(self, config: RunConfig) -> None:
+        """Remove what a process that was killed just after it recorded this run did not come to remove."""
+        if self.work_folder(config.id).exists():
+            with self.exclusively(config.id):
+                shutil.rmtree(self.work_folder(config.id), ignore_errors=True)
+
 
 def read_record(path: str | Path) -> RunRecord:
     """Read one record and check that it is whole and unedited.
@@ -162,8 +196,8 @@ def read_record(path: str | Path) -> RunRecord:
         record = RunRecord.model_validate(content)
     except ValidationError as error:
         raise RecordError(describe_validation_error(error, RunRecord, str(path))) from None
-    if record.id != record.config.id or path.stem != record.id:
-        raise RecordError(f"{path} says it is {record.id!r}, its configuration is {record.config.id!r}. {remedy}")
+    if path.stem != record.id:
+        raise RecordError(f"{path} holds the record {record.id!r}, so one of the two names is wrong. {remedy}")
     return record
 
 

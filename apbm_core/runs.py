@@ -1,5 +1,6 @@
 """One run from its configuration to its record."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def execute(
         ApbmError: of whatever kind describes what went wrong; the run's checkpoints stay, so that it can go on.
     """
     results, say = ResultsFolder(folder), report or (lambda text: None)
-    with results.lock(config.id):
+    with results.exclusively(config.id):
         record = results.read(config)
         if record is None:
             record = _carry_out(config, results, torch.device(device), side_by_side, say)
@@ -88,7 +89,7 @@ def _carry_out(
         phases=task.phases,
         history=task.history,
         notes=task.notes,
-        environment=environment(device) | {"side_by_side": side_by_side} | task.training_facts,
+        environment=environment(device) | {"side_by_side": side_by_side, "load": _load()} | task.training_facts,
         started=started,
         finished=_now(),
         network=network.name,
@@ -133,6 +134,11 @@ def _commit() -> str:
 @lru_cache(maxsize=1)
 def _dataset(name: str) -> ImageDataset:
     return load_dataset(name)
+
+
+def _load() -> float | None:
+    """The system's load average over the last minute: whether others used the machine, which makes times longer."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _now() -> str:

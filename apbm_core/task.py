@@ -116,7 +116,7 @@ class Task:
             mode="json", include={"model", "dataset", "recipe", "seed", "split", "train_subset"}
         ) | {"epochs": epochs}
         name = f"pretrain-{config.model}-s{config.seed}-{sha256(canonical_json(what).encode())[:10]}"
-        with self._results.lock(name):
+        with self._results.exclusively(name):
             model = self.build()
             result = self._run(name, model, epochs, config.recipe, self._results.work_folder(name), name, ())
         self._record("pretrain", result, epochs, shared=True)
@@ -154,14 +154,18 @@ class Task:
         if path.exists():
             try:
                 content = json.loads(path.read_text())
-                value, seconds = content["value"], content["seconds"]
-            except (ValueError, KeyError, TypeError) as error:
+                checksum, value, seconds = content.pop("checksum"), content["value"], content["seconds"]
+                if checksum != sha256(canonical_json(content).encode()):
+                    raise ValueError("its checksum does not match")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}); delete it, and it is computed again.") from None
         else:
             start = time.perf_counter()
             value = function()
             seconds = time.perf_counter() - start
-            write_atomically(path, json.dumps({"value": value, "seconds": seconds}))
+            content = json.loads(json.dumps({"value": value, "seconds": seconds}))  # as it will be read again
+            value = content["value"]
+            write_atomically(path, json.dumps(content | {"checksum": sha256(canonical_json(content).encode())}))
         self.phases.append(PhaseRecord(name=name, seconds=seconds))
         return value
 

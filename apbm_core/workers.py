@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
 import torch
+
+from apbm_core.errors import ApbmError
 
 _POLL_SECONDS = 0.3
 
@@ -70,7 +73,7 @@ def run_side_by_side(
                 report(*said.get())
             for future in done:
                 index, error = futures.pop(future), future.exception()
-                yield index, None if error else future.result(), error
+                yield index, None if error else future.result(), _killed(error) or error
     except BaseException:  # an interrupt, or the caller gave up
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
@@ -78,6 +81,16 @@ def run_side_by_side(
             process.terminate()
         raise
     pool.shutdown()
+
+
+def _killed(error: BaseException | None) -> ApbmError | None:
+    """What to say when a worker, and with it the pool, died of a signal."""
+    if not isinstance(error, BrokenProcessPool):
+        return None
+    return ApbmError(
+        "a worker process was killed, perhaps because memory ran out. The same command goes on from the last "
+        "checkpoints; with workers = 1 it takes the least memory."
+    )
 
 
 _queue = None

@@ -90,7 +90,7 @@ def test_a_record_under_another_name_is_refused(tmp_path):
     path = folder.write(original)
     other = folder.record_path(config(seed=9))
     path.rename(other)
-    with pytest.raises(RecordError, match="its configuration is"):
+    with pytest.raises(RecordError, match="one of the two names is wrong"):
         read_record(other)
 
 
