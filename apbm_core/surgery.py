@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch_pruning.ops import OPTYPE
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.evaluation import evaluation_mode
+from apbm_core.forward_checks import check_still_runs, count_calls, refuse_parametrized, refuse_wrapped
 from apbm_core.fusion import FilterFusion, FusionSettings, fused_layers
 from apbm_core.widths import parse_keep
 
@@ -43,8 +43,9 @@ def prunable_layers(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
 
 def why_not_prunable(model: nn.Module, example_inputs: Tensor) -> dict[str, str | None]:
     """For every convolution by name: None if its filters can go, else the reason why they are left alone."""
-    _refuse_parametrized(model)
-    calls = _count_calls(model, example_inputs)
+    refuse_wrapped(model)
+    refuse_parametrized(model)
+    calls = count_calls(model, example_inputs)
     twin = copy.deepcopy(model)
     graph = _trace(twin, example_inputs)
     return {
@@ -137,7 +138,9 @@ def compact(model: nn.Module) -> nn.Module:
 
     Raises:
         ConfigError: the network has no fused layer.
+        UnsupportedNetwork: it is wrapped, for DDP or by torch.compile; unwrap it first.
     """
+    refuse_wrapped(model)
     plain = copy.deepcopy(model)
     layers = list(fused_layers(plain))
     if not layers:
@@ -182,7 +185,7 @@ def _slim(
         remaining = set(indices.tolist())
         gone = [index for index in range(modules[name].out_channels) if index not in remaining]
         if gone:
-            graph.get_pruning_group(modules[name], _OUT, gone).prune()
+            _remove(graph, modules[name], name, gone)
     inputs = {}
     for name, weight in dense.items():
         tags = modules[name].weight.view(modules[name].weight.shape[:2]).long()
@@ -190,8 +193,18 @@ def _slim(
         left = weight.detach()[outputs][:, inputs[name]].clone()
         modules[name].weight = nn.Parameter(left, requires_grad=weight.requires_grad)
     small.train(model.training)
-    _check_runs(model, small, example_inputs)
+    check_still_runs(model, small, example_inputs)
     return small, inputs
+
+
+def _remove(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, name: str, filters: list[int]) -> None:
+    try:
+        graph.get_pruning_group(conv, _OUT, filters).prune()
+    except Exception as error:
+        raise UnsupportedNetwork(
+            f"torch-pruning fails to remove filters of layer {name!r} ({type(error).__name__}: {error}); name it in "
+            "`ignore`."
+        ) from error
 
 
 def _trace(model: nn.Module, example_inputs: Tensor) -> torch_pruning.DependencyGraph:
@@ -226,8 +239,11 @@ def _reason(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, calls: int) -
         module, name = dependency.target.module, graph._module2name.get(dependency.target.module, "another layer")
         if module is conv:
             continue
+        if dependency.target.type == OPTYPE.OUTPUT:
+            return "the network returns its outputs"
         if dependency.target.type == OPTYPE.PARAMETER:
-            return f"its outputs are combined with the parameter {name}"
+            names = [name for name, parameter in graph.model.named_parameters() if parameter is module]
+            return f"its outputs are combined with the parameter {names[0] if names else name}"
         removes_outputs = graph.is_out_channel_pruning_fn(dependency.handler)
         if isinstance(module, nn.Conv2d):
             is_depthwise = module.groups == module.in_channels == module.out_channels
@@ -245,53 +261,6 @@ def _reason(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, calls: int) -
     return None if is_read else "no layer reads its outputs, so they are the network's own output"
 
 
-def _count_calls(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
-    calls: dict[str, int] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-
-            def count(_module, _inputs, _output, name=name):
-                calls[name] = calls.get(name, 0) + 1
-
-            handles.append(module.register_forward_hook(count))
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(example_inputs)
-    except Exception as error:
-        raise UnsupportedNetwork(
-            "this "
-            f"{type(model).__name__} does not run on inputs of shape {tuple(example_inputs.shape)}: {error}."
-            " Pass one batch that model(example_inputs) accepts, on the model's device."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _check_runs(model: nn.Module, small: nn.Module, example_inputs: Tensor) -> None:
-    """Compare what both return; a network with channel numbers written into its code, or several heads, shows here."""
-    try:
-        before, after = _output_shapes(model, example_inputs), _output_shapes(small, example_inputs)
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"this {type(model).__name__} does not run any more with fewer filters: {error}. Numbers of channels may "
-            "be written into its forward(); name the layers in question in `ignore`."
-        ) from error
-    if before != after:
-        raise UnsupportedNetwork(
-            f"removing filters changed what this {type(model).__name__} returns, from shapes {before} to {after}: some "
-            "of the layers feed its output; name them in `ignore`."
-        )
-
-
-def _output_shapes(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]]:
-    with torch.no_grad(), evaluation_mode(model):
-        leaves = torch.utils._pytree.tree_leaves(model(example_inputs))
-    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-
-
 def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tensor:
     kept = torch.as_tensor(indices, dtype=torch.long).flatten().sort().values.cpu()
     if len(kept) == 0:
@@ -307,11 +276,3 @@ def _check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"no convolution is called {unknown[0]!r}; the network has {', '.join(known)}.")
-
-
-def _refuse_parametrized(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            raise UnsupportedNetwork(
-                f"layer {name!r} is parametrised (fused already?), which cannot be traced; compact() the network first."
-            )
