@@ -1,6 +1,6 @@
 """Every plot the notebooks show. Each takes records, and its title says what they found."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from apbm_core.methods import NAMES, get_method
+from apbm_core.methods import NAMES, label, ordered
 from apbm_core.records import RunRecord
 from apbm_core.summary import (
     history_frame,
@@ -33,6 +33,9 @@ COLOURS = {
     "random": "#999999",
 }
 MARKERS = dict(zip(NAMES, "_oDsv^Pp*X", strict=True))
+OWN_COLOURS = ("#332288", "#882255", "#117733", "#AA4499", "#6699CC", "#661100")  # for the user's own (Tol's "muted")
+OWN_MARKERS = "<>8dH"
+_own: dict[str, int] = {}  # the user's methods in the order in which they were first drawn
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
@@ -46,6 +49,16 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+
+
+def colour(method: str) -> str:
+    """A method's colour, the same in every figure; the user's own methods get those that are left."""
+    return COLOURS.get(method) or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
+
+
+def marker(method: str) -> str:
+    """A method's mark, likewise."""
+    return MARKERS.get(method) or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
 
 
 def use_style() -> None:
@@ -64,21 +77,23 @@ def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Fig
 
 
 def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
-    """Accuracy against the parameters and against the MACs removed: a row a network, a line a method."""
+    """Accuracy against the parameters and against the MACs removed: a row a network, a line a method.
+
+    Where a network has one target only, its methods stand at one place of the first axis; they are listed instead.
+    """
     table = points(runs_frame(records))
+    table = table[table["schedule"] != "equal-time"]
     models = list(dict.fromkeys(table["model"]))
-    figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.4 * len(models)), squeeze=False, sharey="row")
-    for row, model in zip(axes, models, strict=True):
-        part = table[(table["model"] == model) & (table["schedule"] != "equal-time")]
-        for axis, removed in zip(row, ("parameters removed", "MACs removed"), strict=True):
-            _dense_band(axis, part)
-            for method in _methods(part):
-                line = part[part["method"] == method].sort_values(removed)
-                _points(axis, line[removed], line, method)
-            axis.set_xlabel(f"{removed} (%)")
-        row[0].set_ylabel("test accuracy (%)")
-        row[0].set_title(f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", loc="left")
-        row[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, axes = plt.subplots(len(models), 2, figsize=(12, 4.4 * len(models)), squeeze=False)
+    for (left, right), model in zip(axes, models, strict=True):
+        part = table[table["model"] == model]
+        if part[part["target"] > 0]["target"].nunique() > 1:
+            _curves(left, part, "parameters removed")
+        else:
+            _list_of_methods(left, part)
+        _curves(right, part, "MACs removed")
+        left.set_title(f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", loc="left")
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -96,8 +111,8 @@ def accuracy_against_time(records: Sequence[RunRecord]) -> Figure:
         slowest, fastest = (part.loc[part["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
         ratio = slowest["training seconds"] / fastest["training seconds"]
         axis.set_title(
-            f"{label_model(model)}, {_dataset(part)}: {_label(slowest['method'])} takes {ratio:.1f} times as long as "
-            f"{_label(fastest['method'])}",
+            f"{label_model(model)}, {_dataset(part)}: {label(slowest['method'])} takes {ratio:.1f} times as long as "
+            f"{label(fastest['method'])}",
             loc="left",
             fontsize=10,
         )
@@ -115,26 +130,26 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
     for axis, model in zip(axes[0], models, strict=True):
         part = history[history["model"] == model]
         final = runs[runs["model"] == model].set_index("id")
-        for method in NAMES:
+        for method in ordered(part["method"]):
             for identifier, line in part[part["method"] == method].groupby("id", sort=False):
                 first = identifier == part[part["method"] == method]["id"].iloc[0]
                 axis.plot(
                     line["epoch"],
                     100 * line["train_accuracy"],
-                    color=COLOURS[method],
+                    color=colour(method),
                     lw=1.4,
-                    label=_label(method) if first else None,
+                    label=label(method) if first else None,
                 )
                 axis.plot(
                     line["epoch"].max(),
                     final.loc[identifier, "accuracy"],
-                    MARKERS[method] if method != "dense" else "h",
-                    color=COLOURS[method],
+                    marker(method) if method != "dense" else "h",
+                    color=colour(method),
                     ms=7,
                 )
         best = final["accuracy"].idxmax()
         axis.set_title(
-            f"{label_model(model)}: {_label(final.loc[best, 'method'])} ends highest, at "
+            f"{label_model(model)}: {label(final.loc[best, 'method'])} ends highest, at "
             f"{final.loc[best, 'accuracy']:.1f} % on the test images",
             loc="left",
         )
@@ -158,12 +173,12 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
         left = pd.Series(0.0, index=order)
         for number, phase in enumerate(name for name in names if name in seconds):
             width = seconds[phase].reindex(order).fillna(0) / 60
-            axis.barh([_label(m) for m in order], width, left=left, label=phase, color=plt.cm.tab10(number), height=0.7)
+            axis.barh([label(m) for m in order], width, left=left, label=phase, color=plt.cm.tab10(number), height=0.7)
             left += width
         axis.set_xlabel("minutes a run")
         axis.set_title(
-            f"{label_model(model)}: {_label(order[0])} trains longest, "
-            f"{left.max() / left.min():.1f} times {_label(order[-1])}",
+            f"{label_model(model)}: {label(order[0])} trains longest, "
+            f"{left.max() / left.min():.1f} times {label(order[-1])}",
             loc="left",
         )
         axis.grid(axis="y", visible=False)
@@ -184,16 +199,52 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
     for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
         for method in _methods(history):
             line = history[history["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
-            axis.plot(line.index, line, MARKERS[method] + "-", color=COLOURS[method], label=_label(method))
+            axis.plot(line.index, line, marker(method) + "-", color=colour(method), label=label(method))
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10, loc="left")
     axes[0].legend(fontsize=8)
     return figure
 
 
+def _curves(axis: Axes, part: pd.DataFrame, removed: str) -> None:
+    """Accuracy against what was removed, a line a method, the dense network as a band."""
+    _dense_band(axis, part, axis.axhspan, axis.axhline)
+    for method in _methods(part):
+        line = part[part["method"] == method].sort_values(removed)
+        _points(axis, line[removed], line, method)
+    axis.set_xlabel(f"{removed} (%)")
+    axis.set_ylabel("test accuracy (%)")
+
+
+def _list_of_methods(axis: Axes, part: pd.DataFrame) -> None:
+    """One line of text for each method, the best on top, its accuracy as a mark."""
+    _dense_band(axis, part, axis.axvspan, axis.axvline)
+    pruned = part[part["target"] > 0].sort_values("accuracy")
+    for place, row in enumerate(pruned.itertuples()):
+        axis.errorbar(
+            row.accuracy,
+            place,
+            xerr=0 if pd.isna(row.interval) else row.interval,
+            marker=marker(row.method),
+            color=colour(row.method),
+            ms=9,
+            capsize=3,
+            ls="none",
+        )
+        axis.annotate(
+            f"{row.accuracy:.2f}", (row.accuracy, place), (9, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axis.set_yticks(range(len(pruned)), [label(method) for method in pruned["method"]])
+    axis.set_ylim(-0.6, len(pruned) - 0.4)
+    axis.margins(x=0.12)
+    axis.grid(axis="y", visible=False)
+    counts = sorted(set(pruned["n"]))
+    seeds = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    axis.set_xlabel(f"test accuracy (%), {seeds}; dashed: dense")
+
+
 def _methods(table: pd.DataFrame) -> list[str]:
-    present = set(table["method"])
-    return [name for name in NAMES if name in present and name != "dense"]
+    return [name for name in ordered(table["method"]) if name != "dense"]
 
 
 def _points(
@@ -204,26 +255,27 @@ def _points(
         x,
         line["accuracy"],
         yerr=line["interval"].fillna(0),
-        color=COLOURS[method],
+        color=colour(method),
         capsize=3,
-        marker="h" if method == "dense" else MARKERS[method],
+        marker="h" if method == "dense" else marker(method),
         ms=9 if emphasis else 6.5,
-        markerfacecolor="none" if hollow else COLOURS[method],
+        markerfacecolor="none" if hollow else colour(method),
         lw=2.2 if emphasis else 1.2,
         ls="-" if joined and len(line) > 1 else "none",
         zorder=4 if emphasis else 3,
-        label=None if hollow else f"{_label(method)} (n={line['n'].min()})",
+        label=None if hollow else f"{label(method)} (n={line['n'].min()})",
     )
 
 
-def _dense_band(axis: Axes, part: pd.DataFrame) -> None:
+def _dense_band(axis: Axes, part: pd.DataFrame, span: Callable, line: Callable) -> None:
+    """The dense network's accuracy and its interval, across the whole axis."""
     dense = part[part["method"] == "dense"]
     if dense.empty:
         return
     row = dense.iloc[0]
     half = 0 if pd.isna(row["interval"]) else row["interval"]
-    axis.axhspan(row["accuracy"] - half, row["accuracy"] + half, color=COLOURS["dense"], alpha=0.15, lw=0)
-    axis.axhline(row["accuracy"], color=COLOURS["dense"], lw=1.2, ls="--", label=f"dense (n={row['n']})")
+    span(row["accuracy"] - half, row["accuracy"] + half, color=colour("dense"), alpha=0.15, lw=0)
+    line(row["accuracy"], color=colour("dense"), lw=1.2, ls="--", label=f"dense (n={row['n']})")
 
 
 def _finding(part: pd.DataFrame) -> str:
@@ -233,8 +285,9 @@ def _finding(part: pd.DataFrame) -> str:
         return "the dense network alone"
     target = pruned["target"].value_counts().idxmax()
     there = pruned[pruned["target"] == target]
-    best = there.loc[there["accuracy"].idxmax()]
-    sentence = f"at {target:.4g} % removed {_label(best['method'])} leads with {best['accuracy']:.1f} %"
+    best = there[there["accuracy"] == there["accuracy"].max()]
+    leader = label(best["method"].iloc[0]) + " leads" if len(best) == 1 else f"{len(best)} methods tie"
+    sentence = f"at {target:.4g} % removed {leader} with {best['accuracy'].iloc[0]:.1f} %"
     apbm, scratch = (there[there["method"] == name]["accuracy"] for name in ("apbm", "scratch"))
     if len(apbm) and len(scratch):
         sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"
@@ -243,7 +296,3 @@ def _finding(part: pd.DataFrame) -> str:
 
 def _dataset(part: pd.DataFrame) -> str:
     return label_dataset(part["dataset"].iloc[0])
-
-
-def _label(method: str) -> str:
-    return get_method(method).label

@@ -12,7 +12,7 @@ from pandas.io.formats.style import Styler
 
 from apbm_core.claims import claims_frame
 from apbm_core.files import write_atomically
-from apbm_core.methods import get_method
+from apbm_core.methods import label
 from apbm_core.records import RunRecord
 from apbm_core.runs import environment
 from apbm_core.study import Study, StudyParameters
@@ -120,7 +120,7 @@ def provenance_table(study: Study, records: Sequence[RunRecord]) -> pd.DataFrame
 def _shown(study: Study, table: pd.DataFrame, name: str) -> Styler:
     table = table.copy()
     if "method" in table:
-        table["method"] = [get_method(method).label for method in table["method"]]
+        table["method"] = [label(method) for method in table["method"]]
     write_atomically(study.results.path / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
     styler = table.style.format({key: value for key, value in _FORMATS.items() if key in table}, na_rep="")
     return (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 from scipy import stats
 
-from apbm_core.methods import NAMES, get_method
+from apbm_core.methods import label, ordered
 from apbm_core.records import RunRecord
 
 CONFIDENCE = 0.95
@@ -46,7 +46,7 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows)
     if not frame.empty:
-        frame["method"] = pd.Categorical(frame["method"], [name for name in NAMES if name in set(frame["method"])])
+        frame["method"] = pd.Categorical(frame["method"], ordered(frame["method"]))
         dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
         keys = pd.MultiIndex.from_frame(frame[["model", "dataset"]])
         frame["drop"] = dense.reindex(keys).to_numpy() - frame["accuracy"]
@@ -94,7 +94,7 @@ def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
                 rows.append(
                     dict(zip(keys, key, strict=True))
                     | {
-                        "rival": get_method(rival).label,
+                        "rival": label(rival),
                         "difference": mean,
                         "interval": half_width,
                         "n": len(difference),
