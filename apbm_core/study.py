@@ -28,6 +28,7 @@ from apbm_core.widths import PUBLISHED_WIDTHS, solve_model_widths
 from apbm_core.workers import plan_workers, run_side_by_side
 
 RECORDS_ONLY = "APBM_RECORDS_ONLY"
+_LARGEST_SEED = 2**32 - 1  # NumPy's limit; torch takes what the phases of a run add to it
 
 
 class StudyParameters(BaseModel):
@@ -68,14 +69,18 @@ class StudyParameters(BaseModel):
         """
         parameters = validated(cls, values, "the study's parameters")
         pick_device(parameters.device)
-        parameters.run_configs(parameters.dataset)
+        if not parameters.run_configs(parameters.dataset) and "equal-time" not in parameters.schedules:
+            raise ConfigError(
+                f"schedules = {parameters.schedules}: none of {', '.join(parameters.methods)} has such a schedule, so "
+                "there is nothing to run; add 'equal'."
+            )
         return parameters
 
     @field_validator("seeds")
     @classmethod
     def _are_seeds(cls, seeds: list[int]) -> list[int]:
-        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ValueError("seeds are different whole numbers from 0 on.")
+        if min(seeds) < 0 or max(seeds) > _LARGEST_SEED or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds are different whole numbers from 0 to {_LARGEST_SEED}.")
         return seeds
 
     @field_validator("targets")
@@ -90,9 +95,24 @@ class StudyParameters(BaseModel):
                     )
         return targets
 
+    @field_validator("models", "methods", "schedules", "targets")
+    @classmethod
+    def _differ(cls, values: Any) -> Any:
+        for several in values.values() if isinstance(values, dict) else [values]:
+            if twice := [value for value in several if several.count(value) > 1]:
+                raise ValueError(f"{twice[0]!r} is given twice; give it once, for a run is carried out once.")
+        return values
+
+    @field_validator("recipe_overrides")
+    @classmethod
+    def _keep_the_name(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if "name" in overrides:
+            raise ValueError("the recipe's name cannot be overridden; choose one with recipe = 'fast' or 'paper'.")
+        return overrides
+
     @model_validator(mode="after")
     def _names_are_known(self):
-        for name in self.models:
+        for name in (*self.models, *self.targets):
             if name not in MODELS:
                 raise ValueError(f"there is no network {name!r}{closest(name, MODELS)} Allowed: {', '.join(MODELS)}.")
         for name in (*self.methods, *self.options):
@@ -267,6 +287,8 @@ class Study:
             )
         if missing:
             self._execute(_spread(missing))
+        for config in configs if not self.records_only else ():
+            self.results.remove_work(config)
         return self.records(configs)
 
     def _execute(self, configs: list[RunConfig]) -> None:
