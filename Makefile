@@ -70,6 +70,7 @@ format: setup ## Format the sources, and repair what the style check can repair
 bench: setup ## Measure the throughput of training and the latency of the networks on this machine
 	$(PY) -m apbm_core.bench
 
+lab: export APBM_DATA ?= $(CURDIR)/data
 lab: setup ## Open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 

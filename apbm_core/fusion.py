@@ -82,7 +82,7 @@ class FilterFusion(nn.Module):
     @torch.no_grad()
     def choose(self, bank: Tensor, progress: float) -> Tensor:
         """Select the m most important filters of the bank, shape (m,), without fusing anything yet."""
-        self.selected.copy_(self._most_important(self._log_similarity(bank, progress)[0], bank))
+        self.selected.copy_(self._most_important(self.log_similarity(bank, progress)[0], bank))
         return self.selected
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class FilterFusion(nn.Module):
         if self.is_frozen:
             return self.last
         settings, before = self.settings, self.selected.clone()
-        log_p, temperature = self._log_similarity(bank, progress)
+        log_p, temperature = self.log_similarity(bank, progress)
         if reselect and settings.reselect:
             selected = self._most_important(log_p, bank)
             self.selected.copy_(stable_slots(before, selected) if settings.stable_slots else selected)
@@ -114,7 +114,8 @@ class FilterFusion(nn.Module):
         )
         return self.last
 
-    def _log_similarity(self, bank: Tensor, progress: float) -> tuple[Tensor, float]:
+    def log_similarity(self, bank: Tensor, progress: float) -> tuple[Tensor, float]:
+        """The bank's log-similarities, shape (n, n), at ``progress`` in [0, 1], and the temperature they are for."""
         schedule = self.settings.schedule
         temperature = schedule.temperature(progress, len(bank))
         distance = similarity.pairwise_distances(bank, self.settings.metric)

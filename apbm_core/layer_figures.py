@@ -9,7 +9,8 @@ from torch import Tensor
 
 from apbm_core.fusion import FilterFusion, FusionSettings
 from apbm_core.schedules import Schedule
-from apbm_core.similarity import entropy, log_similarity, pairwise_distances, scale_free
+from apbm_core.similarity import entropy, relative_entropy
+from apbm_core.widths import parse_keep
 
 _KEPT, _OTHER = "#D55E00", "#999999"
 
@@ -79,13 +80,13 @@ def importance(entropies: Tensor, importances: Tensor, m: int) -> Figure:
     return figure
 
 
-def filter_pictures(rows: Mapping[str, Tensor]) -> Figure:
-    """3-channel filters as small colour pictures, a row of them for each entry; each filter scaled to its own range.
+def filter_pictures(rows: Mapping[str, Tensor], most: int = 10) -> Figure:
+    """The first ``most`` 3-channel filters of each row as colour pictures, each scaled to its own range.
 
     Args:
         rows: label -> filters, shape (m, 3, k, k).
     """
-    m = max(len(filters) for filters in rows.values())
+    m = min(most, *(len(filters) for filters in rows.values()))
     figure, axes = plt.subplots(len(rows), m, figsize=(0.95 * m + 1.6, 1.05 * len(rows) + 0.5), squeeze=False)
     for line, (label, filters) in zip(axes, rows.items(), strict=True):
         for axis, picture in zip(line, filters, strict=False):
@@ -130,8 +131,36 @@ def _at(schedule: Schedule, weight: Tensor, progress: float) -> tuple[float, flo
     fusion = FilterFusion(len(weight), max(1, len(weight) // 2), FusionSettings(schedule=schedule, rescale=False))
     selected = fusion.choose(weight, progress)
     fusion.rescore(weight, progress, reselect=False)
-    distance = pairwise_distances(weight)
-    distance = scale_free(distance) if schedule.scale_free else distance
-    log_p = log_similarity(distance, schedule.temperature(progress, len(weight)))
+    log_p, _ = fusion.log_similarity(weight, progress)
     norm = fusion(weight).flatten(1).norm(dim=1).mean() / weight[selected].flatten(1).norm(dim=1).mean()
     return log_p.diagonal().exp().mean().item(), entropy(log_p).mean().item(), norm.item()
+
+
+def layer_overview(weight: Tensor, keep: float, settings: FusionSettings) -> Figure:
+    """One layer at one setting: distributions, importances with the kept filters, and the fusion matrix.
+
+    Args:
+        weight: the layer's filters, shape (n, c_in, k, k).
+        keep: share of the filters to keep, in (0, 1].
+        settings: how to score and fuse.
+    """
+    n = len(weight)
+    fusion = FilterFusion(n, parse_keep(float(keep), n, "shown"), settings)
+    kept = fusion.choose(weight, 0.0)
+    report = fusion.rescore(weight, 0.0, reselect=False)
+    log_p, _ = fusion.log_similarity(weight, 0.0)
+    importance_ = relative_entropy(log_p)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+    left.imshow(log_p.exp().numpy(), cmap="magma", vmin=0, vmax=1)
+    left.set_title(f"Distributions: {100 * report.self_mass:.0f} % self-mass, entropy {report.entropy:.2f}", loc="left")
+    colours = [_KEPT if i in set(kept.tolist()) else _OTHER for i in range(n)]
+    middle.bar(range(n), importance_.numpy(), color=colours, width=1.0)
+    middle.set_title(f"Relative entropy (nats): {len(kept)} of {n} filters stay", loc="left")
+    right.imshow(fusion.matrix.numpy(), cmap="magma", aspect="auto")
+    right.set_title(f"P: a kept filter is {100 * report.own_share:.0f} % of its fused one", loc="left")
+    for axis, x, y in ((left, "filter j", "filter i"), (middle, "filter", ""), (right, "filter of the bank", "slot")):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+    left.grid(False)
+    right.grid(False)
+    return figure
