@@ -1,5 +1,6 @@
 """Files that are either the old version or the new one, never half of each."""
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -42,7 +43,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
     return path
 
 
-def remove_stale_temporaries(folder: str | Path, stem: str = "*", older_than: float = 0.0) -> int:
+def remove_stale_temporaries(folder: str | Path, stem: str | None = None, older_than: float = 0.0) -> int:
     """Delete the temporary files that a killed process left in ``folder``; return how many.
 
     Call it under the lock that writers of these files hold, or, where there is none, give ``older_than``.
@@ -52,8 +53,8 @@ def remove_stale_temporaries(folder: str | Path, stem: str = "*", older_than: fl
         stem: only those of files called so, whatever their ending.
         older_than: only those that were last written so many seconds ago.
     """
-    stale = 0
-    for path in Path(folder).glob(f".{stem}.*.tmp") if Path(folder).is_dir() else ():
+    stale, pattern = 0, "*" if stem is None else glob.escape(stem)
+    for path in Path(folder).glob(f".{pattern}.*.tmp") if Path(folder).is_dir() else ():
         try:
             if time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()

@@ -77,7 +77,9 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
     package = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": package, "PYTHONHASHSEED": "0", study_module.RECORDS_ONLY: str(int(records_only))}
     with exclusive(study.folder), _environment(variables):
-        remove_stale_temporaries(study.folder)
+        for folder in (study.folder, *(study.folder / name for name in ("figures", "tables", "failed"))):
+            remove_stale_temporaries(folder)
+        remove_stale_temporaries(study.results, older_than=60)  # shared with other profiles' reproductions
         for source in study.notebooks:
             try:
                 seconds = _run(study, source)
