@@ -139,7 +139,11 @@ def load_profile(root: Path, name: str) -> Profile:
     known = profile_names(root)
     if name not in known:
         raise ConfigError(f"there is no profile {name!r}{_choices(name, known)}")
-    content = _read_yaml((folder / f"{name}.yaml").read_text(encoding="utf-8"), f"profile {name}")
+    try:
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"profile {name} cannot be read as UTF-8 text ({_first_line(error)}).") from error
+    content = _read_yaml(text, f"profile {name}")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"profile {name} must map parameter names to values, like `epochs: 3`; see {folder}.")
     description = content.pop("description", "")
@@ -302,3 +306,5 @@ def _read_yaml(text: str, what: str) -> Any:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError(f"{what} is not valid YAML: {problem}.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # `!!int x`, `[[[[...`
+        raise ConfigError(f"{what} is not valid YAML: {type(error).__name__}: {_first_line(error)}.") from error
