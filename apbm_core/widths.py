@@ -246,8 +246,8 @@ def _solve(problem: _Problem, widths_at: Callable[[float], Widths]) -> tuple[Wid
     if problem.count(problem.smallest) > problem.budget + problem.slack:
         reach = problem.solution(problem.smallest).removed
         raise ConfigError(
-            f"Cannot remove {problem.target:.2%}: with every layer at its minimum width, {reach:.2%} is the most "
-            "that these layers give. Lower the target, the minimum or the multiple."
+            f"Cannot remove {100 * problem.target:.6g} %: with every layer at its minimum width, {reach:.2%} is the "
+            "most that these layers give. Lower the target, the minimum or the multiple."
         )
     if problem.fits(problem.dense):
         return problem.solution(problem.dense), 0.0

@@ -181,7 +181,7 @@ def _no_network(name, root):
         ({"epochs": 2.5}, "epochs = 2.5"),
         ({"targets": {"resnet20": [0.0]}}, "above 0 and below 1"),
         ({"targets": {"resnet20": [1.2]}}, "above 0 and below 1"),
-        ({"targets": {"resnet20": [0.99999]}}, "0.99999"),
+        ({"targets": {"resnet20": [0.99999]}}, "Cannot remove 99.999 %"),
         ({"targets": {}}, "no target is given for resnet20"),
         ({"models": ["resnet21"]}, "did you mean 'resnet20'"),
         ({"methods": ["abpm"]}, "did you mean 'apbm'"),

@@ -201,7 +201,7 @@ def test_impossible_keep_is_named(value):
         ({"minimum": 1.5}, "minimum is 1.5"),
         ({"dense": []}, "dense is empty"),
         ({"dense": [8, 0]}, "dense width is 0"),
-        ({"target": 0.9, "minimum": 8}, "Cannot remove 90.00%.*0.00% is the most"),
+        ({"target": 0.9, "minimum": 8}, "Cannot remove 90 %.*0.00% is the most"),
     ],
 )
 def test_impossible_problems_are_named(changes, words):
