@@ -193,7 +193,12 @@ def test_a_signal_ends_the_kernel_and_keeps_what_is_finished(root):
     )
     command = [sys.executable, "-c", code, str(root), "run", "--profile", "tiny", "-p", "mode=wait"]
     repository = Path(__file__).parents[1]
-    runner = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True)
+
+    # A job in a shell's background ignores SIGINT, and hands that down to the processes it starts.
+    def listen():
+        return signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    runner = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     try:
         marker = root / "kernel.pid"
         wait_for(lambda: marker.exists() and marker.read_text(), "the second notebook to run")
