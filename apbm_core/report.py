@@ -22,9 +22,10 @@ _FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
     "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
     "training seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "epochs": "{:.0f}",
-    "time ratio": "{:.2f}",
+    "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}", "same class": "{:.2f}",
+    "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}", "p95 for 64": "{:.1f}",
 }  # fmt: skip
-_PERCENT = {"target", "accuracy", "parameters removed", "MACs removed"}
+_PERCENT = {"target", "same class", "accuracy", "parameters removed", "MACs removed"}
 
 
 def open_study(profile: str, results: str, **parameters) -> Study:
@@ -97,6 +98,11 @@ def notes_table(records: Sequence[RunRecord]) -> pd.DataFrame:
 def claims_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
     """The abstract's claims, what was measured, and the verdicts."""
     return _shown(study, claims_frame(records), name)
+
+
+def deployment_table(study: Study, rows: Sequence[dict], name: str, caption: str) -> Styler:
+    """One row for each method and file format: size, agreement and latency (deploy.measure_files)."""
+    return _shown(study, pd.DataFrame(rows), name).set_caption(caption)
 
 
 def provenance_table(study: Study, records: Sequence[RunRecord]) -> pd.DataFrame:
