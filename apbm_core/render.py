@@ -110,20 +110,23 @@ def write_index(folder: Path, profile: str, description: str) -> Path:
 
 
 def write_overview(results: Path) -> Path:
-    """Write README.md and index.html into ``results``: the profiles that have been run. Returns index.html's path."""
+    """Write index.html into ``results``: the profiles that have been run. Its README.md is written by hand."""
     lines = ["# Results", ""]
     for page in sorted(results.glob("*/README.md")):
         _, _, description, *_ = [*page.read_text(encoding="utf-8").splitlines(), "", "", ""]
         name = page.parent.name
         lines.append(f"- [{name}]({name}/index.html) ([as text]({name}/README.md)) {description}".rstrip())
-    return _write_page(results, "Results", lines)
+    return write_atomically(results / "index.html", _page("Results", "\n".join(lines)))
 
 
 def _write_page(folder: Path, title: str, lines: Iterable[str]) -> Path:
     markdown = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
     write_atomically(folder / "README.md", markdown)
-    page = _PAGE.format(title=html.escape(title), body=markdown2html_mistune(markdown))
-    return write_atomically(folder / "index.html", page)
+    return write_atomically(folder / "index.html", _page(title, markdown))
+
+
+def _page(title: str, markdown: str) -> str:
+    return _PAGE.format(title=html.escape(title), body=markdown2html_mistune(markdown))
 
 
 def _without_bars(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
