@@ -16,6 +16,8 @@ import torch
 
 from apbm_core.device import synchronize
 
+_LONG = 1.0  # seconds of a first call after which no second one is needed to know how long it takes
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -82,12 +84,14 @@ class Measured:
 def interleave(cases: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, Measured]:
     """Seconds of one call of each case in every round, all cases having the same number of rounds.
 
-    Each case is called once to warm up. Every second round runs in reverse, so that none always follows the same one.
+    Each case is called once to warm up, and again, unless that took long, to see how often it fits into a measurement.
+    Every second round runs in reverse, so that none always follows the same one.
     """
     calls, seconds = {}, {}
     for name, case in cases.items():
-        _seconds(case, 1, settings.device)
         once = _seconds(case, 1, settings.device)
+        if once < _LONG:
+            once = _seconds(case, 1, settings.device)
         calls[name] = max(1, math.ceil(settings.shortest / max(once, 1e-9)))
         seconds[name] = []
     fewest, most = settings.rounds

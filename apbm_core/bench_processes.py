@@ -9,7 +9,7 @@ import torch
 from apbm_core.bench_measure import Measured, Settings, Table
 from apbm_core.bench_steps import fastest_step, network
 
-_SECONDS = 4.0  # that the trainings run in each round
+_SECONDS = 3.0  # that the trainings run in each round
 _READY_SECONDS = 300.0
 
 
@@ -38,7 +38,7 @@ def side_by_side(settings: Settings) -> list[Table]:
                 raise TimeoutError(f"a benchmark process was not ready after {_READY_SECONDS:.0f} s.")
             connection.recv()
         single, pair = [], []
-        for _ in range(max(1, min(settings.rounds[0] + 1, settings.rounds[1]))):
+        for _ in range(settings.rounds[0]):
             single.append(_run(workers[:1], seconds))
             pair.append(_run(workers[1:], seconds))
     finally:

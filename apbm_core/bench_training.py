@@ -1,6 +1,7 @@
 """Benchmarks of training: how fast a step is, what fusion adds to it, and what feeds it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -119,7 +120,8 @@ def fusion_cost(settings: Settings) -> list[Table]:
     }
     for step in steps.values():
         step()  # the optimizer alone needs gradients
-    seconds = interleave(steps | alone, settings)
+    # A few percent are in question here, so there are twice as many rounds.
+    seconds = interleave(steps | alone, replace(settings, seconds=2 * settings.seconds))
     plain = seconds["slim, plain convolutions"]
     table = Table("Cost of fusion in a training step, VGG16", ("case", "ms", "% of the plain step", "added %"))
     for name, took in seconds.items():

@@ -57,13 +57,13 @@ def clock(monkeypatch):
 
 def test_ratios_are_taken_within_a_round_so_drift_cancels(clock):
     settings = Settings(CPU, 1, rounds=(4, 4), shortest=0.0)
-    seconds = interleave({"a": clock.case("a", 1.0, 1.5), "b": clock.case("b", 3.0, 1.5)}, settings)
+    seconds = interleave({"a": clock.case("a", 0.1, 1.5), "b": clock.case("b", 0.3, 1.5)}, settings)
     assert (seconds["b"] / seconds["a"]).values == pytest.approx((3.0,) * 4)
-    assert seconds["a"].values == pytest.approx([1.5**k for k in range(2, 6)])  # two calls to warm up
+    assert seconds["a"].values == pytest.approx([0.1 * 1.5**k for k in range(2, 6)])  # two calls to warm up
 
 
 def test_every_second_round_runs_in_reverse(clock):
-    interleave({n: clock.case(n, 1.0) for n in "abc"}, Settings(CPU, 1, rounds=(3, 3), shortest=0.0))
+    interleave({n: clock.case(n, 0.1) for n in "abc"}, Settings(CPU, 1, rounds=(3, 3), shortest=0.0))
     assert "".join(clock.log) == "aabbcc" + "abc" + "cba" + "abc"
 
 
@@ -71,7 +71,7 @@ def test_what_is_short_is_repeated_within_a_measurement(clock):
     settings = Settings(CPU, 1, rounds=(2, 2), shortest=1.0)
     seconds = interleave({"short": clock.case("short", 0.3), "long": clock.case("long", 5.0)}, settings)
     assert seconds["short"].values == pytest.approx((0.3, 0.3))
-    assert clock.log.count("short") == 2 + 2 * 4 and clock.log.count("long") == 2 + 2
+    assert clock.log.count("short") == 2 + 2 * 4 and clock.log.count("long") == 1 + 2
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (5.5, 5), (100.0, 7)])
