@@ -44,12 +44,12 @@ class DcffTemperature(BaseModel):
     fusion is an average of all filters in epoch 0 and a plain selection from epoch 1 on.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kind: Literal["dcff"] = "dcff"
     epochs: int = Field(300, ge=1, description="E, the number of epochs of the whole training")
-    start: float = Field(1.0, gt=0, description="Ts")
-    end: float = Field(1e4, gt=0, description="Te")
-    rate: float = Field(1.0, gt=0, description="k")
+    start: float = Field(1.0, ge=1e-6, le=1e12, description="Ts")
+    end: float = Field(1e4, ge=1e-6, le=1e12, description="Te")
+    rate: float = Field(1.0, ge=1e-6, le=1e3, description="k")
 
     scale_free: Literal[False] = False
 

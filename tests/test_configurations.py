@@ -192,7 +192,6 @@ def test_an_annealed_temperature_is_refused_or_rises_and_freezes(values, n):
     assert tau.is_frozen(1.0)
 
 
-@pytest.mark.xfail(reason="DCFF's temperature takes a rate near 0 and an end near infinity", strict=True)
 @settings(max_examples=150)
 @given(st.fixed_dictionaries({}, optional={name: numbers for name in ("start", "end", "rate", "epochs")}))
 @example({"rate": 5e-324})
