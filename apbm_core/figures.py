@@ -1,5 +1,6 @@
 """Every plot the notebooks show. Each takes records, and its title says what they found."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from apbm_core.files import write_atomically
 from apbm_core.methods import NAMES, label, ordered
 from apbm_core.records import RunRecord
 from apbm_core.summary import (
@@ -71,8 +73,9 @@ def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Fig
     if banner:
         figure.suptitle(banner, color="#B00020", fontweight="bold")
     path = Path(folder) / "figures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})  # no date and no version: equal figures are equal files
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})  # without a version: equal figures, equal files
+    write_atomically(path, picture.getvalue())
     return figure
 
 
