@@ -75,13 +75,7 @@ def write_onnx(path: str | Path, model: nn.Module, example_inputs: Tensor) -> Pa
     """
     if reason := why_no_onnx():
         raise ConfigError(reason)
-    replica, batch = _for_export(model, example_inputs)
-    with _explained(model, "ONNX"):
-        program = torch.onnx.export(
-            replica, (batch,), dynamo=True, verbose=False, input_names=["images"], dynamic_shapes=_ANY_BATCH
-        )
-        content = program.model_proto.SerializeToString()
-    return write_atomically(path, content)
+    return _write_onnx(path, _exported(model, example_inputs, "ONNX"))
 
 
 def write_exported(path: str | Path, model: nn.Module, example_inputs: Tensor) -> Path:
@@ -89,11 +83,7 @@ def write_exported(path: str | Path, model: nn.Module, example_inputs: Tensor) -
 
     Arguments and errors as :func:`write_onnx`, which needs more packages.
     """
-    replica, batch = _for_export(model, example_inputs)
-    buffer = io.BytesIO()
-    with _explained(model, "torch.export"):
-        torch.export.save(torch.export.export(replica, (batch,), dynamic_shapes=_ANY_BATCH), buffer)
-    return write_atomically(path, buffer.getvalue())
+    return _write_exported(path, _exported(model, example_inputs, "torch.export"))
 
 
 def write_all(
@@ -109,12 +99,11 @@ def write_all(
     Raises:
         ConfigError, UnsupportedNetwork, ApbmError: as :func:`write_onnx`.
     """
-    _refuse_fused(model)
-    path = Path(folder) / stem
+    path, program = Path(folder) / stem, _exported(model, example_inputs, "torch.export")
     files = [save_compact(f"{path}.safetensors", model, name, num_classes)]
     if not why_no_onnx():
-        files.append(write_onnx(f"{path}.onnx", model, example_inputs))
-    return [*files, write_exported(f"{path}.pt2", model, example_inputs)]
+        files.append(_write_onnx(f"{path}.onnx", program))
+    return [*files, _write_exported(f"{path}.pt2", program)]
 
 
 def open_file(path: str | Path, threads: int = 1) -> Call:
@@ -158,7 +147,7 @@ def agreement(reference: Call, other: Call, images: Tensor) -> Agreement:
     return Agreement(((a - b).abs().max() / scale).item(), (a.argmax(1) == b.argmax(1)).double().mean().item())
 
 
-def measure_latency(call: Call, images: Tensor, threads: int = 1, n: int = 30, warmup: int = 5) -> Latency:
+def measure_latency(call: Call, images: Tensor, threads: int = 1, n: int = 30, warmup: int = 3) -> Latency:
     """Time ``n`` single calls on the CPU, after ``warmup`` ones that do not count.
 
     Args:
@@ -191,7 +180,7 @@ def measure_files(
 ) -> list[dict[str, Any]]:
     """One row a file: its size, its agreement with ``reference`` on all images, its latency for one image and 64.
 
-    Latencies are of ``n`` calls with one image and n / 3 with 64; fewer images are repeated for it.
+    Latencies are of ``n`` calls with one image and n / 5 with 64; fewer images are repeated for it.
 
     Raises:
         CheckpointError: as :func:`open_file`.
@@ -204,7 +193,7 @@ def measure_files(
     for path in files:
         call = open_file(path, threads)
         agrees = agreement(reference, call, images)
-        one, many = (measure_latency(call, b, threads, k) for b, k in zip(batches, (n, max(2, n // 3)), strict=True))
+        one, many = (measure_latency(call, b, threads, k) for b, k in zip(batches, (n, max(2, n // 5)), strict=True))
         rows.append(
             {
                 "format": FORMATS[path.suffix],
@@ -214,7 +203,6 @@ def measure_files(
                 "ms for 1": one.median,
                 "p95 for 1": one.p95,
                 "ms for 64": many.median,
-                "p95 for 64": many.p95,
             }
         )
     return rows
@@ -264,26 +252,37 @@ def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Modu
     return build_model(name, 10 + classes, counts).eval(), 10 + classes, False
 
 
-def _for_export(model: nn.Module, example_inputs: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy on the CPU in evaluation mode, and two example images: exporters take a batch of one for a constant."""
-    _refuse_fused(model)
-    batch = example_inputs.detach().cpu()
-    return copy.deepcopy(model).cpu().eval(), batch if len(batch) > 1 else torch.cat([batch, batch])
-
-
-def _refuse_fused(model: nn.Module) -> None:
+def _exported(model: nn.Module, example_inputs: Tensor, format_name: str) -> torch.export.ExportedProgram:
+    """The forward pass of a copy on the CPU in evaluation mode, for any number of images."""
     if any(True for _ in fused_layers(model)):
         raise ConfigError("the network is fused still: its banks are for training; write apbm_core.compact(network).")
+    batch = example_inputs.detach().cpu()
+    two = batch if len(batch) > 1 else torch.cat([batch, batch])  # a batch of one would be taken for a constant
+    with _explained(type(model).__name__, format_name):
+        return torch.export.export(copy.deepcopy(model).cpu().eval(), (two,), dynamic_shapes=_ANY_BATCH)
+
+
+def _write_exported(path: str | Path, program: torch.export.ExportedProgram) -> Path:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return write_atomically(path, buffer.getvalue())
+
+
+def _write_onnx(path: str | Path, program: torch.export.ExportedProgram) -> Path:
+    with _explained("network", "ONNX"):
+        converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"])
+        content = converted.model_proto.SerializeToString()
+    return write_atomically(path, content)
 
 
 @contextmanager
-def _explained(model: nn.Module, format_name: str):
+def _explained(network: str, format_name: str):
     try:
         yield
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedNetwork(
-            f"this {type(model).__name__} cannot be exported as {format_name}: {reason} A forward() that depends on "
+            f"this {network} cannot be exported as {format_name}: {reason} A forward() that depends on "
             "the images' values, or on their number, cannot."
         ) from error
 

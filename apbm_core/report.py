@@ -23,7 +23,7 @@ _FORMATS = {
     "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
     "training seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "epochs": "{:.0f}",
     "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}", "same class": "{:.2f}",
-    "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}", "p95 for 64": "{:.1f}",
+    "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
 }  # fmt: skip
 _PERCENT = {"target", "same class", "accuracy", "parameters removed", "MACs removed"}
 

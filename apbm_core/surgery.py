@@ -192,7 +192,8 @@ def _slim(
         outputs, inputs[name] = tags[:, 0] // weight.shape[1], tags[0] % weight.shape[1]
         left = weight.detach()[outputs][:, inputs[name]].clone()
         modules[name].weight = nn.Parameter(left, requires_grad=weight.requires_grad)
-    small.train(model.training)
+    for copied, module in zip(small.modules(), model.modules(), strict=True):
+        copied.training = module.training  # a frozen norm is in evaluation mode when its network is not
     check_still_runs(model, small, example_inputs)
     return small, inputs
 

@@ -13,9 +13,11 @@ import torch
 import torchvision
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import apbm_core
+from apbm_core.counting import count_parameters
 
 
 def main(arguments: list[str] | None = None) -> torch.nn.Module:
@@ -24,43 +26,40 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
     parser.add_argument("--demo", action="store_true", help="use scikit-learn's digits instead")
     parser.add_argument("--keep", type=float, default=0.5, help="share of each layer's filters to keep")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="stop each epoch after so many batches")
+    parser.add_argument("--steps", type=int, default=10**6, help="stop each epoch after so many batches")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=64, help="the images' sides in pixels")
     args = parser.parse_args(arguments)
-    if args.demo == (args.images is not None):
-        parser.error("give either a folder of images or --demo")
-    if args.images and not args.images.is_dir():
-        parser.error(f"{args.images} is not a folder")
-    if not 0 < args.keep <= 1 or min(args.epochs, args.batch_size - 1, args.steps or 1, args.size - 31) < 1:
+    if args.demo == (args.images is not None) or not (args.demo or args.images.is_dir()):
+        parser.error("give either a folder that exists or --demo")
+    if not 0 < args.keep <= 1 or min(args.epochs, args.batch_size - 1, args.steps, args.size - 31) < 1:
         parser.error("keep is above 0 and at most 1, epochs and steps from 1, batch-size from 2, size from 32")
     torch.manual_seed(0)
     data, classes = digits(args.size) if args.demo else folder(args.images, args.size)
     train, test = random_split(data, [0.8, 0.2], torch.Generator().manual_seed(0))
+    if len(train) < args.batch_size:
+        parser.error(f"{len(train)} training images do not fill one batch of {args.batch_size}")
     model = torchvision.models.resnet18(num_classes=classes)
-
     slim = apbm_core.fuse(model, example_inputs=data[0][0][None], keep=args.keep)  # 1 of 3
     optimizer = torch.optim.SGD(slim.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(args.epochs):
         apbm_core.rescore(slim, progress=epoch / args.epochs)  # 2 of 3
         slim.train()
-        batches = DataLoader(train, args.batch_size, shuffle=True, drop_last=True)
-        for images, labels in islice(batches, args.steps):
+        for images, labels in islice(DataLoader(train, args.batch_size, shuffle=True, drop_last=True), args.steps):
             loss = cross_entropy(slim(images), labels)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, accuracy {accuracy(slim, test):.1%}")
     net = apbm_core.compact(slim)  # 3 of 3
 
-    before, after = (sum(p.numel() for p in network.parameters()) for network in (model, net))
-    print(f"{before:,} -> {after:,} parameters, accuracy {accuracy(net, test):.1%}")
+    print(f"{count_parameters(model):,} -> {count_parameters(net):,} parameters, accuracy {accuracy(net, test):.1%}")
     return net  # apbm_core.deploy writes it to a file
 
 
 def folder(path: Path, size: int) -> tuple[Dataset, int]:
-    steps = [v2.ToImage(), v2.Resize((size, size)), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])]
-    data = torchvision.datasets.ImageFolder(path, v2.Compose(steps))
+    steps = v2.ToImage(), v2.Resize((size, size)), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])
+    data = ImageFolder(path, v2.Compose(steps))
     return data, len(data.classes)
 
 
@@ -71,10 +70,9 @@ def digits(size: int) -> tuple[Dataset, int]:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, data: Dataset) -> float:
+def accuracy(model: torch.nn.Module, data: Dataset) -> torch.Tensor:
     model.eval()
-    hits = [(model(images).argmax(1) == labels).float() for images, labels in DataLoader(data, 256)]
-    return torch.cat(hits).mean().item()
+    return torch.cat([(model(images).argmax(1) == labels).float() for images, labels in DataLoader(data, 256)]).mean()
 
 
 if __name__ == "__main__":
