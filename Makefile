@@ -7,7 +7,8 @@ STAMP   = $(VENV)/.installed
 
 # What may be given on the command line.
 PROFILE = quick
-RESULTS = results
+# Empty: reproduce trains into results/own, and report renders the committed records in results.
+RESULTS =
 PARAMS  =
 ONLY    =
 TESTS   = tests
@@ -20,7 +21,8 @@ $(foreach v,$(filter-out $(KNOBS),$(GIVEN)),$(error there is no variable $(v); t
 
 STUDY = $(PY) -m apbm_core.notebooks
 # PARAMS is read by the shell: a value with spaces is quoted, PARAMS="epochs=3 'targets={vgg16: [0.9]}'".
-OPTIONS = --profile '$(PROFILE)' --results '$(RESULTS)' $(foreach n,$(ONLY),--only '$(n)') $(PARAMS)
+OPTIONS = --profile '$(PROFILE)' $(if $(RESULTS),--results '$(RESULTS)') \
+          $(foreach n,$(ONLY),--only '$(n)') $(PARAMS)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 # Imports from bytecode are several times faster, so it is written even where the caller's environment forbids it.
@@ -46,10 +48,10 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m ipykernel install --sys-prefix --name apbm --display-name "Python (apbm)" > /dev/null
 	@touch $@
 
-reproduce: setup ## Run the study: PROFILE=quick RESULTS=results PARAMS="epochs=3 seeds=[0,1]" ONLY=02_train
+reproduce: setup ## Train and render into results/own: PROFILE=quick PARAMS="epochs=3 seeds=[0,1]" ONLY=02_train
 	@$(STUDY) run $(OPTIONS)
 
-report: setup ## Render the notebooks again from the recorded runs, without training: PROFILE=quick
+report: setup ## Render the recorded runs again, without training: PROFILE=quick RESULTS=results/own
 	@$(STUDY) report $(OPTIONS)
 
 test: setup ## Run the tests: TESTS=tests/test_fusion.py WORKERS=2

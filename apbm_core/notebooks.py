@@ -1,13 +1,15 @@
-"""Run the study's notebooks with a profile's parameters, and put the rendered pages under results/<profile>/.
+"""Run the study's notebooks with a profile's parameters, and put records and rendered pages under results/.
 
-    python -m apbm_core.notebooks run --profile quick epochs=3         train what is not recorded yet, and render
-    python -m apbm_core.notebooks report --profile quick               render from the recorded runs alone
+    python -m apbm_core.notebooks run --profile quick epochs=3         train and render, into results/own/<profile>
+    python -m apbm_core.notebooks report --profile quick               render results/<profile> from its records alone
     python -m apbm_core.notebooks list                                 the profiles and the parameters
     python -m apbm_core.notebooks check                                are the notebooks' sources clean?
 
-Every parameter is checked before anything runs. Notebooks run in the repository's root with this interpreter. A
-finished notebook replaces the one before it in one step; a failed one is kept aside, in results/<profile>/failed/, with
-its traceback. One reproduction at a time may write to a results folder.
+`run` trains what its results folder does not hold yet: in results/own everything, the first time. With
+`--results results` it adds to the published records, which are committed. Every parameter is checked before anything
+runs. Notebooks run in the repository's root with this interpreter. A finished notebook replaces the one before it in
+one step; a failed one is kept aside, in <profile>/failed/, with its traceback. One reproduction at a time may write to
+a results folder.
 """
 
 import argparse
@@ -42,6 +44,8 @@ from apbm_core.profiles import (
     profile_names,
     study_notebooks,
 )
+from apbm_core.records import OWN, PUBLISHED, read_record
+from apbm_core.summary import beside_published
 
 
 class NotebookFailed(ApbmError):
@@ -68,10 +72,10 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
         ApbmError: the folder cannot be written, or another reproduction is writing to it.
     """
     if records_only and not any(study.folder.glob("runs/*.json")):
-        raise ConfigError(
-            f"{displayed(study.folder, study.root)} holds no recorded runs to report on; "
-            f"first run: make reproduce PROFILE={study.profile}"
-        )
+        command = f"make reproduce PROFILE={study.profile} RESULTS={displayed(study.results, study.root)}"
+        has_own = any((study.root / OWN / study.profile).glob("runs/*.json"))
+        advice = f"your own are in {OWN}: make report RESULTS={OWN}" if has_own else f"first run: {command}"
+        raise ConfigError(f"{displayed(study.folder, study.root)} holds no recorded runs to report on; {advice}")
     finished: list[str] = []
     index = study.folder / "index.html"
     package = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -90,6 +94,8 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
                 index = render.write_index(study.folder, study.profile, study.description)
             finished.append(source.name)
             print(f"{source.name:<14}{seconds:8.1f} s", flush=True)
+        if _set_beside_published(study):
+            index = render.write_index(study.folder, study.profile, study.description)
     render.write_overview(study.results)
     return index
 
@@ -159,6 +165,21 @@ def _run(study: Study, source: Source) -> float:
     if failed.parent.is_dir() and not any(failed.parent.iterdir()):
         failed.parent.rmdir()
     return time.perf_counter() - start
+
+
+def _set_beside_published(study: Study) -> bool:
+    """Print and store this folder's runs beside the published records of the same runs; False if there are none."""
+    published = {path.name for path in study.published.glob("runs/*.json")}
+    here = [path for path in sorted(study.folder.glob("runs/*.json")) if path.name in published]
+    if not here or study.folder.resolve() == study.published.resolve():
+        return False
+    table = beside_published([read_record(path) for path in here], study.published)
+    most = table["difference"].abs().max()
+    write_atomically(study.folder / "tables" / "beside_published.csv", table.to_csv(index=False, float_format="%.6g"))
+    print(f"\nYour runs (here) beside the published ones (there, {displayed(study.published, study.root)}):")
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    print(f"{len(table)} runs; their accuracies differ by at most {most:.2f} points.\n", flush=True)
+    return True
 
 
 def _literal(path: Path) -> str:
@@ -236,7 +257,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, text in (("run", "train what is not recorded yet, and render"), ("report", "render without training")):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--profile", default="quick", help="a file in notebooks/profiles (default: %(default)s)")
-        command.add_argument("--results", default="results", help="folder for the results (default: %(default)s)")
+        folder = OWN if name == "run" else PUBLISHED
+        command.add_argument("--results", default=folder, help="folder for the results (default: %(default)s)")
         command.add_argument("--only", metavar="NOTEBOOK", action="append", default=[], help="may be given repeatedly")
         command.add_argument("-p", dest="assignments", metavar="NAME=VALUE", action="append", default=[])
         command.add_argument("more", metavar="NAME=VALUE", nargs="*", help="the same without -p; values are YAML")

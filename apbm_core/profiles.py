@@ -19,6 +19,7 @@ import yaml
 
 from apbm_core import study
 from apbm_core.errors import ConfigError
+from apbm_core.records import OWN, PUBLISHED
 
 RUNNER_PARAMETERS = ("profile", "results")
 """Declared by every notebook and set by the runner alone, from `--profile` and `--results`."""
@@ -82,8 +83,13 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes: results/<profile>."""
+        """Where everything goes: <results>/<profile>."""
         return self.results / self.profile
+
+    @property
+    def published(self) -> Path:
+        """Where the committed records of this profile are, if there are any."""
+        return self.root / PUBLISHED / self.profile
 
     def parameters_for(self, source: Source) -> dict[str, Any]:
         """The parameters to inject into a notebook: those of this study that it declares."""
@@ -94,7 +100,7 @@ class Study:
 def prepare(
     root: Path,
     profile: str = "quick",
-    results: str | Path = "results",
+    results: str | Path = OWN,
     assignments: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Study:
@@ -136,6 +142,8 @@ def study_notebooks(root: Path) -> tuple[Source, ...]:
 def load_profile(root: Path, name: str) -> Profile:
     """Read `notebooks/profiles/<name>.yaml`. Raises ConfigError if it is missing, or no mapping of names to values."""
     folder = root / "notebooks" / "profiles"
+    if name == Path(OWN).name:
+        raise ConfigError(f"no profile can be called {name!r}, for {OWN} holds the reader's own results.")
     known = profile_names(root)
     if name not in known:
         raise ConfigError(f"there is no profile {name!r}{_choices(name, known)}")

@@ -16,6 +16,10 @@ from apbm_core.recipes import Recipe
 from apbm_core.validation import describe_validation_error
 
 FORMAT = 1
+PUBLISHED = "results"
+"""The folder of the records that are committed, relative to the repository."""
+OWN = "results/own"
+"""Where a reproduction writes unless told otherwise: git ignores it."""
 
 
 class RunConfig(BaseModel):

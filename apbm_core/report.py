@@ -13,10 +13,10 @@ from pandas.io.formats.style import Styler
 from apbm_core.claims import claims_frame
 from apbm_core.files import write_atomically
 from apbm_core.methods import label
-from apbm_core.records import RunRecord
+from apbm_core.records import PUBLISHED, RunRecord
 from apbm_core.runs import environment
 from apbm_core.study import Study, StudyParameters
-from apbm_core.summary import against_rivals, label_model, phase_frame, points, runs_frame
+from apbm_core.summary import against_rivals, beside_published, label_model, phase_frame, points, runs_frame
 
 _FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
@@ -24,8 +24,10 @@ _FORMATS = {
     "training seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}", "epochs": "{:.0f}",
     "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}", "same class": "{:.2f}",
     "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
+    "accuracy there": "{:.2f}", "accuracy here": "{:.2f}", "training seconds there": "{:.0f}",
+    "training seconds here": "{:.0f}",
 }  # fmt: skip
-_PERCENT = {"target", "same class", "accuracy", "parameters removed", "MACs removed"}
+_PERCENT = {"target", "same class", "accuracy", "accuracy there", "accuracy here", "parameters removed", "MACs removed"}
 
 
 def open_study(profile: str, results: str, **parameters) -> Study:
@@ -98,6 +100,19 @@ def notes_table(records: Sequence[RunRecord]) -> pd.DataFrame:
 def claims_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
     """The abstract's claims, what was measured, and the verdicts."""
     return _shown(study, claims_frame(records), name)
+
+
+def published_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler | None:
+    """Each run beside its published record; a sentence and None where there is nothing to set beside it."""
+    published = Path(PUBLISHED) / study.results.path.name
+    if study.results.path.resolve() == published.resolve():
+        print("These are the published records themselves.")
+        return None
+    table = beside_published(records, published)
+    if table.empty:
+        print(f"{published.as_posix()} holds no record of the same run.")
+        return None
+    return _shown(study, table, name)
 
 
 def deployment_table(study: Study, rows: Sequence[dict], name: str, caption: str) -> Styler:

@@ -21,7 +21,7 @@ from apbm_core.errors import ApbmError, ConfigError, DataError
 from apbm_core.methods import NAMES, Method, get_method
 from apbm_core.models import MODELS
 from apbm_core.recipes import get_recipe
-from apbm_core.records import ResultsFolder, RunConfig, RunRecord
+from apbm_core.records import OWN, ResultsFolder, RunConfig, RunRecord
 from apbm_core.runs import execute
 from apbm_core.validation import closest, validated
 from apbm_core.widths import PUBLISHED_WIDTHS, solve_model_widths
@@ -180,7 +180,7 @@ class Study:
         self.records_only = os.environ.get(RECORDS_ONLY) == "1" if records_only is None else records_only
 
     @classmethod
-    def of(cls, folder: str | Path = "results/mine", **values: Any) -> "Study":
+    def of(cls, folder: str | Path = f"{OWN}/mine", **values: Any) -> "Study":
         """A study from parameters by name.
 
         Raises:
@@ -283,7 +283,8 @@ class Study:
         if missing and self.records_only:
             raise ApbmError(
                 f"{len(missing)} of {len(configs)} runs are not recorded in {self.results.path}, {missing[0].id} "
-                "first. Run the study (make reproduce) before you render it."
+                f"first. Run them before you render: make reproduce PROFILE={self.results.path.name} "
+                f"RESULTS={self.results.path.parent}"
             )
         if missing:
             self._execute(_spread(missing))

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from scipy import stats
 
 from apbm_core.methods import label, ordered
-from apbm_core.records import RunRecord
+from apbm_core.records import RunRecord, read_record
 
 CONFIDENCE = 0.95
 MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56", "resnet110": "ResNet110"}
@@ -158,6 +159,29 @@ def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 | {"epoch": count}
             )
     return pd.DataFrame(rows)
+
+
+def beside_published(records: Sequence[RunRecord], published: Path) -> pd.DataFrame:
+    """Each run beside the published record of the same run: accuracy in percent, training seconds, device.
+
+    An id carries a hash of the run's whole configuration, so equal ids are equal configurations. What has no published
+    record is left out; the table is empty if nothing has.
+
+    Args:
+        records: this machine's.
+        published: the folder with the published ``runs/*.json``; need not exist.
+
+    Raises:
+        RecordError: a published record is damaged.
+    """
+    paths = [published / "runs" / f"{record.id}.json" for record in records]
+    there = [read_record(path) for path in paths if path.exists()]
+    if not there:
+        return pd.DataFrame()
+    both = runs_frame(records).merge(runs_frame(there), on="id", suffixes=(" here", " there"))
+    both["difference"] = both["accuracy here"] - both["accuracy there"]
+    pairs = [f"{column} {where}" for column in ("training seconds", "device") for where in ("there", "here")]
+    return both[["id", "accuracy there", "accuracy here", "difference", *pairs]]
 
 
 def label_model(model: str) -> str:

@@ -272,7 +272,7 @@ def kill_notebooks(folder: Path, kills: int, seed: int = 0, moments: Sequence[st
     reference = undisturbed(folder / "undisturbed" / "grid", ["apbm"])
     for number in itertools.count():
         root = make_repository(folder / f"round {number}")
-        results = root / "results" / "tiny"
+        results = root / "results" / "own" / "tiny"
         arguments = ["-m", "apbm_core.notebooks", "run", "--profile", "tiny"]
         for kill in _until_it_ends(arguments, root, results, NOTEBOOK_MOMENTS, chance, moments, kills - len(done)):
             done.append(kill)

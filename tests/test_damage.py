@@ -267,8 +267,8 @@ def root(tmp_path):
         path.unlink()
     cells = (kill_study.ONE_THREAD, kill_study.STUDY_CELL, kill_study.FINDING)
     kill_study.write_notebook(root, "01_grid", *cells)
-    (root / "results" / "tiny").mkdir(parents=True)
-    (root / "results" / "tiny" / "01_grid.html").write_text("what was rendered before")
+    (root / "results/own/tiny").mkdir(parents=True)
+    (root / "results/own/tiny" / "01_grid.html").write_text("what was rendered before")
     return root
 
 
@@ -297,13 +297,13 @@ def _damage_pretraining(folder):
     ],
 )
 def test_the_command_line_names_the_damaged_file_and_keeps_what_was_rendered(finished, root, capsys, damage, words):
-    folder = root / "results" / "tiny"
+    folder = root / "results/own/tiny"
     shutil.copytree(finished[0], folder, dirs_exist_ok=True)
     path = damage(folder)
     assert notebooks.main(["run", "--profile", "tiny", "methods=[l1]"], root) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: 01_grid: ") and path.name in error and words in error
-    assert "The notebook with its traceback is results/tiny/failed/01_grid.ipynb" in error
+    assert "The notebook with its traceback is results/own/tiny/failed/01_grid.ipynb" in error
     assert (folder / "01_grid.html").read_text() == "what was rendered before"
 
 

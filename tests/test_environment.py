@@ -135,6 +135,12 @@ def test_make_passes_parameters_on():
     assert sorted(options.assignments + options.more) == ["epochs=3", "seeds=[0,1]", "targets={vgg16: [0.9]}"]
 
 
+@pytest.mark.parametrize(("target", "folder"), [("reproduce", "results/own"), ("report", "results")])
+def test_make_trains_into_the_readers_own_results_and_reports_on_the_published(target, folder):
+    options = parse(shlex.split(make("--dry-run", target).stdout.splitlines()[-1])[3:])
+    assert (options.profile, options.results) == ("quick", folder)
+
+
 def test_make_setup_refuses_an_old_python(tmp_path):
     old = tmp_path / "python"
     old.write_text('#!/bin/sh\nexec python3 -c "import sys; sys.version_info = (3, 9, 1); $2"\n')

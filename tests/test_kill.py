@@ -87,14 +87,14 @@ def test_half_written_pages_figures_and_tables_go_when_the_next_reproduction_sta
     kill_study.write_notebook(root, "01_short", "print(1)")
     names = ["tiny/.01_short.ipynb.a.tmp", "tiny/figures/.loss.png.a.tmp", "tiny/tables/.final.csv.a.tmp"]
     names += ["tiny/failed/.01_short.ipynb.a.tmp", "tiny/.executing/01_short.ipynb", ".index.html.old.tmp"]
-    for path in [root / "results" / name for name in [*names, ".index.html.new.tmp"]]:
+    for path in [root / "results/own" / name for name in [*names, ".index.html.new.tmp"]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
         if "old" in path.name:
             os.utime(path, (0, 0))
     assert notebooks.main(["run", "--profile", "tiny"], root) == 0
-    assert not [name for name in names if (root / "results" / name).exists()]
-    assert (root / "results/.index.html.new.tmp").exists()  # of another profile's reproduction, perhaps
+    assert not [name for name in names if (root / "results/own" / name).exists()]
+    assert (root / "results/own/.index.html.new.tmp").exists()  # of another profile's reproduction, perhaps
 
 
 def test_stale_temporaries_are_told_from_those_being_written(tmp_path):
@@ -220,7 +220,7 @@ def test_ctrl_c_and_a_second_reproduction_through_the_command_line(tmp_path):
     """While one reproduction trains, a second is refused; Ctrl-C ends the first, and the same command goes on."""
     root = kill_study.make_repository(tmp_path / "root")
     kill_study.write_notebook(root, "02_table", "methods = ['apbm', 'scratch']", kill_study.STUDY_CELL)
-    results = root / "results" / "tiny"
+    results = root / "results" / "own" / "tiny"
     arguments = ["-m", "apbm_core.notebooks", "run", "--profile", "tiny"]
     first = Command(arguments, root, fsync_seconds=1.0)
     try:
@@ -234,7 +234,7 @@ def test_ctrl_c_and_a_second_reproduction_through_the_command_line(tmp_path):
         wait_until(lambda: not first.alive(), "the kernel to end")
     finally:
         first.kill()
-    assert "interrupted in 02_table. Finished and in results/tiny: 01_grid." in first.output
+    assert "interrupted in 02_table. Finished and in results/own/tiny: 01_grid." in first.output
     assert "The same command goes on from here: recorded runs are not repeated." in first.output
     recorded = {path: path.read_bytes() for path in results.glob("runs/*.json")}
     assert len(recorded) == 1 and (results / "01_grid.html").exists() and not (results / "02_table.ipynb").exists()

@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, capsys):
     arguments = ["run", "--profile", "tiny", "epochs=2"]
     assert notebooks.main(arguments, root) == 0
-    first = contents(root / "results")
+    first = contents(root / "results/own")
     assert set(first) == {
         *(f"tiny/{name}.{kind}" for name in ("01_noisy", "02_fragile") for kind in ("ipynb", "html")),
         *("tiny/README.md", "tiny/index.html", "tiny/figures/loss_curve.png", "tiny/.reproduction.lock"),
@@ -124,7 +124,7 @@ def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, cap
     }
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["01_noisy", "02_fragile", "Open"]
-    assert lines[-1] == "Open results/tiny/index.html"
+    assert lines[-1] == "Open results/own/tiny/index.html"
 
     notebook = nbformat.reads(first["tiny/01_noisy.ipynb"].decode(), as_version=4)
     nbformat.validate(notebook)
@@ -132,7 +132,7 @@ def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, cap
     assert injected.metadata.tags == ["injected-parameters"]
     assert "epochs = 2" in injected.source and "lr = 0.001" in injected.source and "mode" not in injected.source
     assert notebook.metadata.papermill == {
-        "parameters": {"profile": "tiny", "results": "results", "epochs": 2, "lr": 0.001}
+        "parameters": {"profile": "tiny", "results": "results/own", "epochs": 2, "lr": 0.001}
     }
     (printed, warned), bars, (picture,) = (cell.outputs for cell in notebook.cells[3:])
     numbers, paths = printed.text.splitlines()
@@ -152,37 +152,37 @@ def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, cap
     assert 'href="tiny/index.html"' in first["index.html"].decode()
 
     assert notebooks.main(arguments, root) == 0
-    second = contents(root / "results")
+    second = contents(root / "results/own")
     assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_a_failed_notebook_stands_aside_and_the_good_one_stays(root, capsys):
     run = ["run", "--profile", "tiny", "--only", "02_fragile"]
     assert notebooks.main(run, root) == 0
-    good = contents(root / "results/tiny")
+    good = contents(root / "results/own/tiny")
     capsys.readouterr()
 
     assert notebooks.main([*run, "-p", "mode=data"], root) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[0] == "error: 02_fragile: cifar10 is damaged; delete it."
-    assert "results/tiny/failed/02_fragile.ipynb" in error and "Traceback" not in error
-    assert "DataError" in (root / "results/tiny/failed/02_fragile.ipynb").read_text()
+    assert "results/own/tiny/failed/02_fragile.ipynb" in error and "Traceback" not in error
+    assert "DataError" in (root / "results/own/tiny/failed/02_fragile.ipynb").read_text()
 
     assert notebooks.main([*run, "-p", "mode=bug"], root) == 1
     assert "02_fragile: ZeroDivisionError in cell 4: division by zero" in capsys.readouterr().err
-    failed = (root / "results/tiny/failed/02_fragile.ipynb").read_text()
+    failed = (root / "results/own/tiny/failed/02_fragile.ipynb").read_text()
     assert "1 / 0" in failed and str(root) not in failed
 
     assert notebooks.main([*run, "-p", "mode=dead"], root) == 1
     assert "the Python process died" in capsys.readouterr().err
-    now = contents(root / "results/tiny")
+    now = contents(root / "results/own/tiny")
     assert {name: now[name] for name in ("02_fragile.ipynb", "02_fragile.html")} == {
         name: good[name] for name in ("02_fragile.ipynb", "02_fragile.html")
     }
     assert b"02_fragile failed" in now["index.html"]
 
     assert notebooks.main(run, root) == 0
-    assert contents(root / "results/tiny") == good
+    assert contents(root / "results/own/tiny") == good
 
 
 def test_a_signal_ends_the_kernel_and_keeps_what_is_finished(root):
@@ -208,11 +208,11 @@ def test_a_signal_ends_the_kernel_and_keeps_what_is_finished(root):
     finally:
         runner.kill()
     assert runner.returncode == 130
-    assert "interrupted in 02_fragile. Finished and in results/tiny: 01_noisy." in error
+    assert "interrupted in 02_fragile. Finished and in results/own/tiny: 01_noisy." in error
     assert "The same command goes on from here" in error
     assert "Traceback" not in error and "WARNING" not in error
     wait_for(lambda: not is_running(kernel), "the kernel to end")
-    names = set(contents(root / "results/tiny"))
+    names = set(contents(root / "results/own/tiny"))
     assert {"01_noisy.ipynb", "01_noisy.html", "index.html"} <= names
     assert not [name for name in names if "02_fragile" in name or name.endswith(".tmp")]
 
@@ -233,11 +233,11 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_second_reproduction_of_the_same_folder_is_refused(root, capsys):
-    with notebooks.exclusive(root / "results/tiny"):
+    with notebooks.exclusive(root / "results/own/tiny"):
         assert notebooks.main(["run", "--profile", "tiny"], root) == 1
     error = capsys.readouterr().err
-    assert f"{root}/results/tiny is being written by process {os.getpid()} on " in error
-    with notebooks.exclusive(root / "results/tiny"):
+    assert f"{root}/results/own/tiny is being written by process {os.getpid()} on " in error
+    with notebooks.exclusive(root / "results/own/tiny"):
         pass  # released
 
 
@@ -281,6 +281,13 @@ def test_a_wrong_profile_is_refused(root, text, sentence):
         profiles.prepare(root, "tiny")
 
 
+def test_a_profile_cannot_take_the_name_of_the_readers_own_results(root):
+    write_profile(root, "lr: 1e-3\n", name="own")
+    with pytest.raises(ConfigError, match="no profile can be called 'own', for results/own holds"):
+        profiles.prepare(root, "own")
+    assert "no profile can be called 'own'" in "".join(profiles.check_sources(root))
+
+
 def test_a_default_that_the_study_refuses_is_found_before_the_run(root):
     write_notebook(root, "03_wrong", "epochs = -1\n")
     with pytest.raises(ConfigError, match="epochs: Input should be greater"):
@@ -303,13 +310,30 @@ def test_values_have_the_types_they_look_like(text, value):
 
 def test_report_needs_records_and_forbids_training(root, capsys):
     assert notebooks.main(["report", "--profile", "tiny"], root) == 1
-    assert "results/tiny holds no recorded runs to report on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "results/tiny holds no recorded runs to report on; first run: make reproduce PROFILE=tiny RESULTS=" in error
     (root / "results/tiny/runs").mkdir(parents=True)
     (root / "results/tiny/runs/broken.json").write_text("{")
     assert notebooks.main(["report", "--profile", "tiny", "--only", "01_noisy"], root) == 0
     assert "records only 1" in (root / "results/tiny/01_noisy.ipynb").read_text()
     assert "broken.json is not a complete run record" in (root / "results/tiny/README.md").read_text()
     assert "APBM_RECORDS_ONLY" not in os.environ
+
+
+def test_a_report_without_published_records_points_to_those_of_the_reader(root, capsys):
+    (root / "results/own/tiny/runs").mkdir(parents=True)
+    (root / "results/own/tiny/runs/mine.json").write_text("{")
+    assert notebooks.main(["report", "--profile", "tiny"], root) == 1
+    assert "your own are in results/own: make report RESULTS=results/own" in capsys.readouterr().err
+    assert notebooks.main(["report", "--profile", "tiny", "--results", "results/own", "--only", "01_noisy"], root) == 0
+
+
+def test_the_overview_of_the_published_results_does_not_list_the_readers_own(root):
+    assert notebooks.main(["run", "--profile", "tiny", "--only", "01_noisy"], root) == 0
+    assert notebooks.main(["run", "--profile", "tiny", "--only", "01_noisy", "--results", "results"], root) == 0
+    published, own = ((root / folder / "index.html").read_text() for folder in ("results", "results/own"))
+    assert 'href="tiny/index.html"' in published and "own" not in published.split("</style>")[1]
+    assert 'href="tiny/index.html"' in own
 
 
 def test_list_shows_profiles_and_parameters(root, capsys):
@@ -378,7 +402,7 @@ def test_the_index_shows_tables_and_escapes_nothing_away(tmp_path):
 def test_an_unwritable_results_folder_is_named(root, capsys):
     (root / "results").write_text("a file where the folder should be")
     assert notebooks.main(["run", "--profile", "tiny"], root) == 1
-    assert f"cannot write to {root}/results/tiny" in capsys.readouterr().err
+    assert f"cannot write to {root}/results/own/tiny" in capsys.readouterr().err
 
 
 def test_the_lock_is_free_after_an_error(tmp_path):
