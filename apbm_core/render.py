@@ -6,6 +6,7 @@ that two runs from the same records give the same bytes.
 
 import copy
 import html
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,10 +20,12 @@ from apbm_core.files import write_atomically
 from apbm_core.records import read_record
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-_CELL_FILE = re.compile(r"(?:/[^\s/:]+)*/ipykernel_\d+/\d+\.py")
+# Outputs may be megabytes without a line break, so these patterns take time linear in the text: each attempt starts at
+# the beginning of a path or a word, not at every character of it.
+_CELL_FILE = re.compile(r"""(?<![^\s:,"'()<>])([^\s:,"'()<>/]*+)[^\s:,"'()<>]*?/ipykernel_\d+/\d+\.py""")
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 _HASH = re.compile(r"\b([0-9a-f]{10})[0-9a-f]{30}\b")
-_PROGRESS = re.compile(r"^.*(?:\d+%\|.*\||\d+\w* \[\d+:).*\n?", re.MULTILINE)
+_PROGRESS = re.compile(r"\d%\|.*\||\b(?=[^\W\d]*\d)\w++ \[\d++:")  # `40%|####  |`, or `3it [00:01`
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -134,7 +137,7 @@ def _without_bars(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None
     if WIDGET in output.get("data", {}):
         return None
     if output.output_type == "stream":
-        output.text = _PROGRESS.sub("", output.text)
+        output.text = "".join(line for line in io.StringIO(output.text, newline="\n") if not _PROGRESS.search(line))
         return output if output.text.strip() else None
     return output
 
@@ -152,7 +155,7 @@ def _clean_output(output: nbformat.NotebookNode, root: Path) -> None:
 
 
 def _anonymous(text: str, root: Path) -> str:
-    text = _ADDRESS.sub("at 0x...", _CELL_FILE.sub("<cell>", text))
+    text = _ADDRESS.sub("at 0x...", _CELL_FILE.sub(r"\1<cell>", text))
     for path, stand_in in ((root.resolve(), "."), (root, "."), (Path.home(), "~")):
         if len(path.parts) > 1:
             text = re.sub(rf"(?<![\w.-]){re.escape(path.as_posix())}(?![\w.-])", stand_in, text)
