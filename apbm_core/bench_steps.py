@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from apbm_core.augment import Augmentation, BatchSource
 from apbm_core.bench_measure import Settings
 from apbm_core.data import DataSplit
-from apbm_core.device import CompiledForward, autocast, memory_format, resolve_precision
+from apbm_core.device import CompiledForward, autocast, memory_format
 from apbm_core.fusion import FusionSettings
 from apbm_core.images import Images
 from apbm_core.models import build_model, prunable_convs
 from apbm_core.optimizer import build_optimizer
+from apbm_core.precision import resolve_precision
 from apbm_core.recipes import Recipe, get_recipe, learning_rate
 from apbm_core.surgery import fuse
 from apbm_core.widths import solve_model_widths

@@ -24,10 +24,11 @@ from apbm_core.bench_steps import (
 )
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.data import DataSplit
-from apbm_core.device import autocast, choose_precision, memory_format
+from apbm_core.device import autocast, memory_format
 from apbm_core.evaluation import evaluate, evaluation_mode
 from apbm_core.fusion import FusionSettings, fused_layers
 from apbm_core.optimizer import build_optimizer
+from apbm_core.precision import choose_precision
 from apbm_core.surgery import compact
 
 _PROBE_SHARE = 16  # arithmetic that the device only emulates is tried on a sixteenth of a batch

@@ -1,11 +1,14 @@
-"""Which processor computes, in which arithmetic, from which seed, and how much memory it took."""
+"""Which processor computes, from which seed, how long it took and how much memory."""
 
+import math
 import os
 import platform
 import random
 import resource
 import sys
+import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +45,6 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
             "device 'mps' was asked for, but this is no Apple GPU that torch can use; use 'auto' or 'cpu'."
         )
     return device
-
-
-def choose_precision(device: torch.device) -> tuple[str, bool]:
-    """The (precision, channels_last) that trains fastest on ``device``.
-
-    bfloat16 autocast where the hardware multiplies matrices in it: CUDA GPUs of compute capability 8.0 on, CPUs with
-    AMX or AVX-512 BF16. Elsewhere it is emulated, or untried, and float32 is taken. The NHWC layout goes with it: on
-    a CPU, bfloat16 without it can be slower than float32.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    else:
-        native = False
-    return ("bfloat16" if native else "float32"), device.type in ("cpu", "cuda")
-
-
-def resolve_precision(precision: str, channels_last: str | bool, device: torch.device) -> tuple[str, bool]:
-    """A recipe's ``precision`` and ``channels_last`` with "auto" replaced by what :func:`choose_precision` says."""
-    if "auto" in (precision, channels_last):
-        best = choose_precision(device)
-        precision = best[0] if precision == "auto" else precision
-        channels_last = best[1] if channels_last == "auto" else channels_last
-    return precision, bool(channels_last)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -139,6 +116,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def least_seconds(cases: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Seconds of one call of each case at its fastest, after one call to warm up; in each round they take turns."""
+    seconds = {name: math.inf for name in cases}
+    for round_ in range(rounds + 1):
+        for name, case in cases.items():
+            synchronize(device)
+            started = time.perf_counter()
+            case()
+            synchronize(device)
+            if round_ > 0:
+                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from apbm_core.augment import evaluation_batches
-from apbm_core.device import autocast, memory_format, pick_device, resolve_precision
+from apbm_core.device import autocast, memory_format, pick_device
 from apbm_core.errors import DataError
 from apbm_core.images import Images
 from apbm_core.meters import Tally
+from apbm_core.precision import resolve_precision
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from apbm_core.device import (
     peak_memory_bytes,
     pick_device,
     random_state,
-    resolve_precision,
     restore_random_state,
     seed_everything,
 )
@@ -30,6 +29,7 @@ from apbm_core.files import sha256
 from apbm_core.hooks import Context, Hook
 from apbm_core.meters import Stopwatch, Tally
 from apbm_core.optimizer import build_optimizer
+from apbm_core.precision import resolve_precision
 from apbm_core.recipes import Recipe, learning_rate
 
 _ROW = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "images_per_second")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import apbm_core
 from apbm_core import device as devices
+from apbm_core import precision
 from apbm_core.augment import Augmentation, BatchSource
 from apbm_core.data import DataSplit
 from apbm_core.divergence import LossGuard
@@ -521,28 +522,14 @@ def test_memory_layout_reaches_weights_and_images(channels_last, format):
     assert all(seen)
 
 
-def test_precision_follows_the_hardware(monkeypatch):
-    for capabilities, expected in [
-        ({"amx_bf16": True}, "bfloat16"),
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({}, "float32"),
-    ]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
-        assert devices.choose_precision(CPU) == (expected, True)
-    assert devices.choose_precision(torch.device("mps")) == ("float32", False)
-    for capability, expected in [((9, 0), "bfloat16"), ((7, 5), "float32")]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert devices.choose_precision(torch.device("cuda")) == (expected, True)
-    assert devices.resolve_precision("bfloat16", False, torch.device("mps")) == ("bfloat16", False)
-    assert devices.resolve_precision("auto", False, torch.device("mps")) == ("float32", False)
-
-
 def test_a_resumed_training_keeps_the_arithmetic_it_began_with(tmp_path, monkeypatch):
     recipe = RECIPE.model_copy(update={"precision": "auto"})
     arguments = {"seed": 0, "checkpoint": tmp_path / "c"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     train(make_net(), make_split(), recipe, 1, **arguments)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: 2.0)
+    assert precision.choose_precision(CPU)[0] == "bfloat16"
     assert train(make_net(), make_split(), recipe, 1, **arguments).precision == "float32"
 
 
