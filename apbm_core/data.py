@@ -23,9 +23,14 @@ from apbm_core.errors import ConfigError, DataError
 from apbm_core.images import Images, channel_statistics, generator_for, stratified_sample
 from apbm_core.layouts import Decoded, Layout, find_layout, read_digits
 
-__all__ = ["DataSplit", "ImageDataset", "Images", "SplitKind", "load_dataset"]
+__all__ = ["DataSplit", "ImageDataset", "Images", "SplitKind", "known_side", "load_dataset"]
 
 SplitKind = Literal["final", "tuning"]
+
+_PURPOSES = {
+    "train_subset": "subset",
+    "test_subset": "subset_test",
+}  # what seeds the choice; a change is another choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,7 @@ class ImageDataset:
         return len(self.classes)
 
     def split(
-        self, kind: SplitKind, seed: int = 0, subset: int | None = None, subset_test: int | None = None
+        self, kind: SplitKind, seed: int = 0, train_subset: int | None = None, test_subset: int | None = None
     ) -> DataSplit:
         """Split the data for one run.
 
@@ -92,8 +97,8 @@ class ImageDataset:
         Args:
             kind: "final" trains on all training images; "tuning" holds 10 % of them out as ``val``.
             seed: which images are held out, and which make up a subset.
-            subset: use only this many training images, before any is held out. For quick trials.
-            subset_test: use only this many test images. For quick trials.
+            train_subset: use only this many training images, before any is held out. For quick trials.
+            test_subset: use only this many test images. For quick trials.
 
         Raises:
             ConfigError: ``kind`` is unknown, or a subset is larger than its set or too small to have every class.
@@ -102,8 +107,8 @@ class ImageDataset:
             raise ConfigError(f"the split kind is {kind!r}; it must be one of {', '.join(get_args(SplitKind))}.")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ConfigError(f"the split's seed is {seed!r}; it must be an integer.")
-        train = self._subset("subset", Images(self.train_images, self.train_labels), subset, seed)
-        test = self._subset("subset_test", Images(self.test_images, self.test_labels), subset_test, seed)
+        train = self._subset("train_subset", Images(self.train_images, self.train_labels), train_subset, seed)
+        test = self._subset("test_subset", Images(self.test_images, self.test_labels), test_subset, seed)
         val = None
         if kind == "tuning":
             train, val = self._hold_out(train, seed)
@@ -117,7 +122,7 @@ class ImageDataset:
                 f"{parameter} is {count!r}; it must be a number of images from {self.num_classes} (one for each "
                 f"class) to {len(images)} (all that {self.name} has), or None."
             )
-        return images.select(stratified_sample(images.labels, count, generator_for(parameter, seed)))
+        return images.select(stratified_sample(images.labels, count, generator_for(_PURPOSES[parameter], seed)))
 
     def _hold_out(self, images: Images, seed: int) -> tuple[Images, Images]:
         held_out = stratified_sample(images.labels, (len(images) + 5) // 10, generator_for("hold out", seed))
@@ -130,6 +135,11 @@ class ImageDataset:
                 f"every class; use at least {10 * self.num_classes}, or the split kind 'final'."
             )
         return train, val
+
+
+def known_side(name: str) -> int | None:
+    """Height and width, in pixels, of a data set whose images all have the same known size; None for a folder."""
+    return cifar.SIZE[0] if name in PUBLISHED or name == "digits" else None
 
 
 def load_dataset(

@@ -416,25 +416,36 @@ def test_the_seed_alone_decides_what_is_held_out(digits):
 
 
 def test_subsets_are_stratified_and_precede_the_hold_out(digits):
-    split = digits.split("tuning", subset=200, subset_test=50)
+    split = digits.split("tuning", train_subset=200, test_subset=50)
     assert (len(split.train), len(split.val), len(split.test)) == (180, 20, 50)
     assert torch.bincount(split.val.labels).tolist() == [2] * 10
     assert set(identities(split.train)) | set(identities(split.val)) == set(
-        identities(digits.split("final", subset=200).train)
+        identities(digits.split("final", train_subset=200).train)
     )
     assert (torch.bincount(split.test.labels) - 5).abs().max() <= 1
+
+
+def test_a_subset_is_the_one_that_the_published_records_were_made_on(digits):
+    """Its choice is seeded by a word, which no change of a parameter's name may change."""
+    split = digits.split("final", seed=3, train_subset=200, test_subset=50)
+    for images, count, word, chosen in (
+        (digits.train_labels, 200, "subset", split.train),
+        (digits.test_labels, 50, "subset_test", split.test),
+    ):
+        order = stratified_sample(images, count, generator_for(word, 3))
+        assert torch.equal(chosen.labels, images[order])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"kind": "test"}, "'test'; it must be one of final, tuning"),
-        ({"kind": "final", "subset": 1439}, "subset is 1439.*from 10 .* to 1438"),
-        ({"kind": "final", "subset": 9}, "subset is 9"),
-        ({"kind": "final", "subset": True}, "subset is True"),
-        ({"kind": "final", "subset": 20.0}, "subset is 20.0"),
-        ({"kind": "final", "subset_test": 360}, "subset_test is 360.*to 359"),
-        ({"kind": "tuning", "subset": 10}, "too few to hold 10 % out"),
+        ({"kind": "final", "train_subset": 1439}, "train_subset is 1439.*from 10 .* to 1438"),
+        ({"kind": "final", "train_subset": 9}, "train_subset is 9"),
+        ({"kind": "final", "train_subset": True}, "train_subset is True"),
+        ({"kind": "final", "train_subset": 20.0}, "train_subset is 20.0"),
+        ({"kind": "final", "test_subset": 360}, "test_subset is 360.*to 359"),
+        ({"kind": "tuning", "train_subset": 10}, "too few to hold 10 % out"),
         ({"kind": "tuning", "seed": "0"}, "seed is '0'"),
     ],
 )
