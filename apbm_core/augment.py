@@ -50,6 +50,31 @@ class Augmentation:
                 f"padding_mode is {self.padding_mode!r}; it must be one of {', '.join(get_args(PaddingMode))}."
             )
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what becomes of images of this size.
+
+        Raises:
+            ConfigError: the crop is larger than the padded image, or so much is padded that a crop may miss the image.
+        """
+        padding, crop = self.padding, self.crop
+        if crop is not None and crop > min(height, width) + 2 * padding:
+            raise ConfigError(
+                f"crop is {crop}, larger than the padded image ({width} x {height} and {padding} on each side); "
+                f"use at most {min(height, width) + 2 * padding}."
+            )
+        side = min(height, width) if crop is None else crop
+        if padding >= side:
+            raise ConfigError(
+                f"padding is {padding}, so a random crop of {side} pixels may hold none of the image; use at most "
+                f"{side - 1}."
+            )
+        if self.padding_mode == "reflect" and padding >= min(height, width):
+            raise ConfigError(
+                f"padding is {padding}, but reflecting a {width} x {height} image allows at most "
+                f"{min(height, width) - 1}; reduce it or use padding_mode 'constant'."
+            )
+        return crop or height, crop or width
+
 
 class BatchSource:
     """The training batches of every epoch.
@@ -95,25 +120,13 @@ class BatchSource:
                 f"{'without a partial one ' if drop_last else ''}need at least {batch_size if drop_last else 2}."
             )
         augmentation = augmentation or Augmentation(padding=0, flip=False)
-        height, width = images.images.shape[1:3]
-        padding, crop = augmentation.padding, augmentation.crop
-        if crop is not None and crop > min(height, width) + 2 * padding:
-            raise ConfigError(
-                f"crop is {crop}, larger than the padded image ({width} x {height} and {padding} on each side); "
-                f"use at most {min(height, width) + 2 * padding}."
-            )
-        if augmentation.padding_mode == "reflect" and padding >= min(height, width):
-            raise ConfigError(
-                f"padding is {padding}, but reflecting a {width} x {height} image allows at most "
-                f"{min(height, width) - 1}; reduce it or use padding_mode 'constant'."
-            )
-        self.image_size = (crop or height, crop or width)
+        self.image_size = augmentation.output_size(*images.images.shape[1:3])
         self.batch_size = batch_size
         self.seed = seed
         self._drop_last = drop_last
         self._flip = augmentation.flip
         self._device = torch.device(device)
-        padded = _pad(images.images.to(self._device), padding, augmentation.padding_mode)
+        padded = _pad(images.images.to(self._device), augmentation.padding, augmentation.padding_mode)
         self._padded_size = tuple(padded.shape[1:3])
         self._pixels = padded.reshape(-1, 3)
         self._labels = images.labels.to(self._device)

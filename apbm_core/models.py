@@ -24,6 +24,9 @@ RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}  # blocks in eac
 
 MODELS = ("vgg16", *RESNET_BLOCKS)
 
+VGG16_SIDES = (32, 63)  # sides of an image, in pixels, that five poolings bring to 1
+SMALLEST_RESNET_SIDE = 8  # the last of its three stages sees a quarter of it: more than one pixel
+
 
 class VGG16(nn.Module):
     """VGG16 for CIFAR: (N, 3, 32, 32) images to (N, num_classes) logits; sides up to 63 also end in 1x1 maps.
@@ -54,7 +57,8 @@ class VGG16(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if height // 32 != 1 or width // 32 != 1:
+        least, most = VGG16_SIDES
+        if not (least <= height <= most and least <= width <= most):
             raise ConfigError(
                 f"VGG16 got images of {height}x{width} pixels; five poolings reach 1x1 only from sides of 32 to 63. "
                 "Resize the images, or use a ResNet."
@@ -167,6 +171,20 @@ def check_model(name: str, num_classes: int, options: Mapping[str, object]) -> N
             raise ConfigError(f"{name} has no option {option!r}; its only option is {next(iter(allowed))!r}.")
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed[option]):
             raise ConfigError(f"{name}'s {option} is {value!r}; choose one of {', '.join(map(repr, allowed[option]))}.")
+
+
+def check_training_side(name: str, side: int) -> None:
+    """Raise ConfigError unless the network can be trained on square images of this side, in pixels."""
+    if _known(name) == "vgg16" and not VGG16_SIDES[0] <= side <= VGG16_SIDES[1]:
+        raise ConfigError(
+            f"vgg16 cannot train on crops of {side} pixels: its five poolings need 32 to 63. Set crop to one of these, "
+            "or to None for whole images of 32, or use a ResNet."
+        )
+    if side < SMALLEST_RESNET_SIDE:
+        raise ConfigError(
+            f"{name} cannot train on crops of {side} pixels: too little of the image would reach its last layers. Set "
+            f"crop to at least {SMALLEST_RESNET_SIDE}, or to None for whole images."
+        )
 
 
 def prunable_convs(name: str) -> tuple[str, ...]:

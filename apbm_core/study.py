@@ -15,16 +15,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from tqdm.auto import tqdm
 
-from apbm_core.data import DataSplit, ImageDataset, load_dataset
+from apbm_core.augment import Augmentation
+from apbm_core.data import DataSplit, ImageDataset, known_side, load_dataset
 from apbm_core.device import DEVICES, pick_device
 from apbm_core.errors import ApbmError, ConfigError, DataError
 from apbm_core.methods import NAMES, Method, get_method
-from apbm_core.models import MODELS
-from apbm_core.recipes import get_recipe
+from apbm_core.models import MODELS, check_training_side
+from apbm_core.recipes import Recipe, get_recipe
 from apbm_core.records import OWN, ResultsFolder, RunConfig, RunRecord
 from apbm_core.runs import execute
 from apbm_core.validation import closest, validated
-from apbm_core.widths import PUBLISHED_WIDTHS, solve_model_widths
+from apbm_core.widths import PUBLISHED_WIDTHS, check_published_target, solve_model_widths
 from apbm_core.workers import plan_workers, run_side_by_side
 
 RECORDS_ONLY = "APBM_RECORDS_ONLY"
@@ -125,12 +126,19 @@ class StudyParameters(BaseModel):
                 f"there are no widths {self.widths!r}{closest(self.widths, PUBLISHED_WIDTHS)} Allowed: uniform, "
                 f"{', '.join(PUBLISHED_WIDTHS)}."
             )
+        for model in self.models if self.widths != "uniform" else ():
+            if len(self.targets.get(model, [])) > 1:
+                raise ValueError(
+                    f"the widths {self.widths!r} are one network, so give one target for {model}, not "
+                    f"{self.targets[model]}."
+                )
         return self
 
     def run_configs(self, dataset: str, methods: Iterable[str] | None = None) -> list[RunConfig]:
         """Every run of the grid on ``dataset``, the equal-time ones aside: their length follows from records."""
         recipe = get_recipe(self.recipe, **self.recipe_overrides)
         configs = []
+        self._check_crops(dataset, recipe)
         for model in self.models:
             for seed in self.seeds:
                 for method in map(get_method, methods or self.methods):
@@ -164,11 +172,19 @@ class StudyParameters(BaseModel):
         given = validated(method.Options, self.options.get(method.name, {}), f"the options of {method.name}")
         return given.model_dump(mode="json")
 
+    def _check_crops(self, dataset: str, recipe: Recipe) -> None:
+        side = known_side(dataset)
+        if side is not None:
+            side, _ = Augmentation(padding=recipe.padding, crop=recipe.crop).output_size(side, side)
+        for model in self.models if side or recipe.crop else ():
+            check_training_side(model, side or recipe.crop)
+
     def _check_target(self, model: str, dataset: str, share: float) -> None:
+        num_classes = 100 if dataset == "cifar100" else 10
         if share and self.widths == "uniform":
-            solve_model_widths(model, 100 if dataset == "cifar100" else 10, share, self.by)
-        elif share and PUBLISHED_WIDTHS[self.widths].model != model:
-            raise ConfigError(f"the widths {self.widths!r} are {PUBLISHED_WIDTHS[self.widths].model}'s, not {model}'s.")
+            solve_model_widths(model, num_classes, share, self.by)
+        elif share:
+            check_published_target(self.widths, model, num_classes, share, self.by)
 
 
 class Study:
@@ -240,7 +256,7 @@ class Study:
             data = _load("digits")
             print(f"{self.dataset} is not here; this example uses the digits.")
         most = min(len(data.train_images), self.parameters.train_subset or len(data.train_images))
-        return data.split("final", subset=min(images, most), subset_test=self.parameters.test_subset)
+        return data.split("final", train_subset=min(images, most), test_subset=self.parameters.test_subset)
 
     def configs(self, starts_from: Sequence[str] | None = None) -> list[RunConfig]:
         """The grid's runs; only those whose method starts from one of ``starts_from``, if that is given."""

@@ -20,6 +20,7 @@ __all__ = [
     "PUBLISHED_WIDTHS",
     "PublishedWidths",
     "WidthSolution",
+    "check_published_target",
     "entropy_budget_widths",
     "parse_keep",
     "solve_model_widths",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Widths = tuple[int, ...]
+
+_PUBLISHED_TOLERANCE = 0.005  # in shares of the dense size: half a point
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,27 @@ def solve_model_widths(
     """
     count = size_function(name, num_classes, by, **options)
     return solve_widths(dense_widths(name), count, target, tolerance=tolerance, multiple=multiple, minimum=minimum)
+
+
+def check_published_target(name: str, model: str, num_classes: int, target: float, by: str = "params") -> None:
+    """Raise ConfigError unless a published vector is this network's and removes the target, to half a point.
+
+    Args:
+        name: One of ``PUBLISHED_WIDTHS``.
+        model, num_classes: As in ``build_model``.
+        target: Fraction to remove of ``by``, as in ``solve_model_widths``.
+    """
+    published = PUBLISHED_WIDTHS[name]
+    if published.model != model:
+        raise ConfigError(f"the widths {name!r} are {published.model}'s, not {model}'s.")
+    count = size_function(model, num_classes, by)
+    removed = 1 - count(published.widths) / count(dense_widths(model))
+    if abs(removed - target) > _PUBLISHED_TOLERANCE:
+        raise ConfigError(
+            f"the target {target} for {model} is not what the widths {name!r} remove: {removed:.4f} of the {by} with "
+            f"{num_classes} classes. Set targets = {{{model!r}: [{removed:.4f}]}}, or widths = 'uniform', which meets "
+            "any target."
+        )
 
 
 def parse_keep(value: int | float, n: int, name: str) -> int:

@@ -196,6 +196,10 @@ def test_an_augmentation_is_frozen_and_can_be_part_of_a_pydantic_model():
         ({"seed": 0.5}, "seed is 0.5; it must be an integer"),
         ({"augmentation": Augmentation(padding=1, crop=11)}, "crop is 11, larger .* use at most 10"),
         ({"augmentation": Augmentation(padding=8, padding_mode="reflect")}, "padding is 8, .* at most 7"),
+        ({"augmentation": Augmentation(padding=8, crop=9, padding_mode="reflect")}, "reflecting .* at most 7"),
+        ({"augmentation": Augmentation(padding=8)}, "padding is 8, .* crop of 8 pixels may hold none .* at most 7"),
+        ({"augmentation": Augmentation(padding=4, crop=3)}, "padding is 4, .* crop of 3 pixels .* at most 2"),
+        ({"augmentation": Augmentation(padding=10**30)}, "padding is 1000"),
     ],
 )
 def test_an_impossible_source_is_refused(options, message):

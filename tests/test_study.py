@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from apbm_core.counting import count_macs
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
 from apbm_core.methods import NAMES, get_method
 from apbm_core.models import build_model
 from apbm_core.networks import load_compact
+from apbm_core.published import PUBLISHED_WIDTHS
 from apbm_core.study import Study, StudyParameters, _spread
 from apbm_core.summary import against_rivals, mean_and_interval, points, runs_frame
 from apbm_core.workers import plan_workers, run_side_by_side
@@ -191,6 +193,14 @@ def _no_network(name, root):
         ({"options": {"apbm": {"tau": 1}}}, "'tau' is not a parameter"),
         ({"widths": "dcff"}, "no widths 'dcff'"),
         ({"widths": "dcff-vgg16-cifar10"}, "vgg16's, not resnet20's"),
+        ({"recipe_overrides": {"padding": 32}}, "padding is 32, so a random crop of 32 pixels may hold none of the"),
+        ({"recipe_overrides": {"padding": 10**30}}, "use at most 31"),
+        ({"recipe_overrides": {"padding": 8, "crop": 8}}, "padding is 8, so a random crop of 8 pixels"),
+        ({"recipe_overrides": {"crop": 41}}, "crop is 41, larger than the padded image"),
+        ({"recipe_overrides": {"padding": 0, "crop": 1}}, "resnet20 cannot train on crops of 1 pixels"),
+        ({"recipe_overrides": {"padding": 0, "crop": 7}}, "at least 8, or to None"),
+        ({"models": ["vgg16"], "targets": {"vgg16": [0.5]}, "recipe_overrides": {"crop": 24}}, "vgg16 cannot train on"),
+        ({"dataset": "mine", "fallback": None, "recipe_overrides": {"crop": 2}}, "resnet20 cannot train on crops of 2"),
         ({"seeds": [0, 0]}, "different"),
         ({"device": "tpu"}, "'tpu'"),
         ({"schedules": ["same"]}, "schedules"),
@@ -201,6 +211,46 @@ def test_wrong_parameters_are_refused_before_anything_runs(tmp_path, changes, wo
         tiny(tmp_path, **changes)
     assert words in str(error.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("crop", [8, 24, 40, None])
+def test_crops_that_a_network_can_train_on_are_taken(tmp_path, crop):
+    (config,) = tiny(tmp_path, methods=["scratch"], recipe_overrides={"crop": crop}).configs()
+    assert config.recipe.crop == crop
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "dataset", "by"),
+    [
+        ("apbm-vgg16-cifar10", "vgg16", "cifar10", "params"),
+        ("apbm-vgg16-cifar10", "vgg16", "cifar10", "macs"),
+        ("apbm-vgg16-cifar100", "vgg16", "cifar100", "params"),
+        ("dcff-resnet56-cifar10", "resnet56", "digits", "params"),
+    ],
+)
+def test_published_widths_take_only_the_target_that_they_meet(tmp_path, name, model, dataset, by):
+    widths = PUBLISHED_WIDTHS[name].widths
+    classes = 100 if dataset == "cifar100" else 10
+    small, dense = build_model(model, classes, widths), build_model(model, classes)
+    if by == "params":
+        size = [sum(parameter.numel() for parameter in network.parameters()) for network in (small, dense)]
+    else:
+        size = [count_macs(network, (3, 32, 32)) for network in (small, dense)]
+    removed = 1 - size[0] / size[1]
+
+    def study(*targets):
+        values = {"methods": ["scratch"], "widths": name, "models": [model], "dataset": dataset, "by": by}
+        return Study.of(tmp_path, **values, targets={model: list(targets)})
+
+    for close in (round(removed, 4), removed - 0.004, removed + 0.004):
+        assert [config.target for config in study(close).configs()] == [close]
+    for wrong in (removed - 0.006, removed + 0.006, 0.05):
+        with pytest.raises(ConfigError) as error:
+            study(wrong)
+        for part in (str(wrong), name, f"{removed:.4f} of the {by}", f"{{'{model}': [{removed:.4f}]}}", "'uniform'"):
+            assert part in str(error.value)
+    with pytest.raises(ConfigError, match=f"the widths '{name}' are one network.*give one target"):
+        study(round(removed, 4), round(removed, 4) + 0.001)
 
 
 def test_all_wrong_parameters_are_listed_at_once():
