@@ -53,6 +53,9 @@ class Recipe(BaseModel):
         "auto", description="bfloat16 is autocast: weights and optimizer stay float32"
     )
     channels_last: Literal["auto", True, False] = Field("auto", description="NHWC memory layout")
+    lowering: Literal["auto", "off"] = Field(
+        "auto", description="on a CPU, compute 3x3 convolutions of tiny maps as matrix products where that is faster"
+    )
     compile: bool = Field(False, description="torch.compile the forward pass; falls back to eager with a warning")
 
     @model_validator(mode="after")

@@ -212,6 +212,7 @@ class Task:
         self.training_facts = {
             "precision": result.precision,
             "channels_last": result.channels_last,
+            "lowered_layers": list(result.lowered),
             "peak_memory_bytes": max(result.peak_memory_bytes, self.training_facts.get("peak_memory_bytes", 0)),
         }
 

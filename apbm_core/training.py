@@ -27,6 +27,7 @@ from apbm_core.errors import CheckpointError, ConfigError, TrainingDiverged
 from apbm_core.evaluation import evaluate
 from apbm_core.files import sha256
 from apbm_core.hooks import Context, Hook
+from apbm_core.lowering import choose_lowered, lowered
 from apbm_core.meters import Stopwatch, Tally
 from apbm_core.optimizer import build_optimizer
 from apbm_core.precision import resolve_precision
@@ -48,6 +49,7 @@ class TrainingResult:
     peak_memory_bytes: int
     precision: str
     channels_last: bool
+    lowered: tuple[str, ...]  # layers that were trained as matrix products: see lowering.py
 
 
 def train(
@@ -73,7 +75,7 @@ def train(
 
     With a ``checkpoint``, a training that was interrupted at any step goes on from the last saved one and ends with
     the same weights, optimizer state and history, bit for bit on a CPU with the same number of threads, and times
-    aside. A finished one returns at once.
+    aside; precision, layout and lowered layers stay those that it began with. A finished one returns at once.
 
     Args:
         model: logits (N, classes) from images (N, 3, H, W); moved to ``device``.
@@ -102,14 +104,15 @@ def train(
     file = CheckpointFile(
         checkpoint,
         f"{identity or 'unnamed'}; {epochs} epochs of {source.steps_per_epoch} steps, seed {seed}, "
-        f"recipe {recipe.name} {sha256(recipe.model_dump_json().encode())[:12]}",
+        f"recipe {recipe.name} {sha256(recipe.model_dump_json(exclude={'lowering'}).encode())[:12]}",
         checkpoint_seconds,
         checkpoint_steps,
     )
     seed_everything(seed)
     training = _Training(model, split, source, recipe, epochs, device, tuple(hooks), file)
-    while training.context.epoch < epochs:
-        training.train_epoch(progress or (lambda context: None))
+    with lowered(model, training.lowered):
+        while training.context.epoch < epochs:
+            training.train_epoch(progress or (lambda context: None))
     return training.result()
 
 
@@ -136,6 +139,11 @@ class _Training:
             self.precision, self.channels_last = resolve_precision(recipe.precision, recipe.channels_last, device)
         self.layout = memory_format(self.channels_last)
         model.to(device, memory_format=self.layout)
+        if saved:
+            self.lowered = tuple(saved.get("lowered", ()))  # earlier versions lowered nothing
+        else:
+            arithmetic = (self.precision, self.channels_last)
+            self.lowered = choose_lowered(model, recipe, source.image_size, device, *arithmetic)
         self.forward = CompiledForward(model) if recipe.compile else model
         self.guard = LossGuard(device, 1 if device.type == "cpu" else _STEPS_BETWEEN_LOSS_CHECKS)
         self.tally, self.stopwatch = Tally(device), Stopwatch(device)
@@ -266,6 +274,7 @@ class _Training:
             {
                 "precision": self.precision,
                 "channels_last": self.channels_last,
+                "lowered": self.lowered,
                 "epoch": context.epoch,
                 "step": context.step,
                 "history": context.history,
@@ -322,4 +331,5 @@ class _Training:
             peak_memory_bytes=self.peak_memory,
             precision=self.precision,
             channels_last=self.channels_last,
+            lowered=self.lowered,
         )
