@@ -1,8 +1,10 @@
 """Somebody else's network: each works, layer by layer, or is declined with a reason."""
 
+import importlib
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,9 +17,9 @@ from torchvision.models.vision_transformer import VisionTransformer
 import apbm_core
 from apbm_core import deploy
 from apbm_core.criteria import keep_largest
-from apbm_core.errors import UnsupportedNetwork
+from apbm_core.errors import ApbmError, UnsupportedNetwork
 from apbm_core.fusion import FusionSettings, fused_layers
-from apbm_core.methods import fpgm, hrank, l1, random
+from apbm_core.methods import NAMES, fpgm, hrank, l1, random
 from apbm_core.surgery import why_not_prunable
 
 # Name -> how many of its convolutions have filters that can go: counted by hand from the architecture.
@@ -81,13 +83,34 @@ def test_fused_it_takes_a_training_step_and_its_compact_network_has_the_same_log
     assert small < dense
 
 
-@pytest.mark.parametrize("criterion", ["relative entropy", l1, fpgm, hrank, random])
+# The fusion's own scores, and the functions of the methods that rank filters
+CRITERIA = {
+    "relative entropy": FusionSettings(fuse=False),
+    "relative entropy of cosine distances": FusionSettings(fuse=False, metric="cosine"),
+    "entropy": FusionSettings(fuse=False, score="entropy"),
+    "order": FusionSettings(fuse=False, score="order"),
+    "L1": l1,
+    "FPGM": fpgm,
+    "HRank": hrank,
+    "random": random,
+}
+
+
+def test_no_ranking_method_and_no_score_of_the_fusion_is_left_out():
+    ranking = {name for name in NAMES if hasattr(importlib.import_module(f"apbm_core.methods.{name}"), "scores")}
+    assert ranking == {name.lower() for name in CRITERIA} & set(NAMES)
+    tested = {(c.metric, c.score) for c in CRITERIA.values() if isinstance(c, FusionSettings)}
+    scores = set(get_args(FusionSettings.model_fields["score"].annotation)) - {"l1"}  # the method L1's
+    assert tested == {("euclidean", score) for score in scores} | {("cosine", "relative-entropy")}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", MARKED)
 def test_every_criterion_cuts_it(name, criterion):
     """The cut network is the dense one with the channels of the filters that went silenced, found without tracing."""
-    model, layers = network(name), prunable(name)
-    if criterion == "relative entropy":
-        fused = apbm_core.fuse(model, IMAGES[:1], keep=0.5, settings=FusionSettings(fuse=False))
+    model, layers, criterion = network(name), prunable(name), CRITERIA[criterion]
+    if isinstance(criterion, FusionSettings):
+        fused = apbm_core.fuse(model, IMAGES[:1], keep=0.5, settings=criterion)
         keep = {layer: fusion.selected.tolist() for layer, _, fusion in fused_layers(fused)}
         small = apbm_core.compact(fused)
     else:
@@ -141,24 +164,40 @@ def small_net() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: torchvision.models.convnext_tiny(num_classes=5), r"combined with the parameter .*layer_scale"),
-        (lambda: VisionTransformer(64, 16, 1, 2, 32, 64, num_classes=5), "encoder.pos_embedding|class_token|parameter"),
-        (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), "cannot trace this ShuffleNetV2"),
-        (lambda: torchvision.models.googlenet(num_classes=5, init_weights=False), "not in training mode.*auxiliary"),
-        (ConvLSTM, "go through lstm, a LSTM"),
-        (Encoder, "MultiheadAttention"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), "no nn.Conv2d"),
-        (lambda: torch.jit.script(small_net()), "TorchScript"),
-        (lambda: torch.compile(small_net()), "is compiled"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrised"),
-    ],
-)
-def test_what_cannot_be_fused_is_declined_with_a_reason(build, words):
+DECLINED = {
+    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(num_classes=5), "combined with the parameter .*layer_s"),
+    "vision transformer": (
+        lambda: VisionTransformer(64, 16, 1, 2, 32, 64, num_classes=5),
+        "encoder.pos_embedding|class_token|parameter",
+    ),
+    "shufflenet_v2": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), "cannot trace this ShuffleNetV2"),
+    "googlenet with auxiliary heads": (
+        lambda: torchvision.models.googlenet(num_classes=5, init_weights=False),
+        "not in training mode.*auxiliary",
+    ),
+    "LSTM": (ConvLSTM, "go through lstm, a LSTM"),
+    "transformer encoder": (Encoder, "MultiheadAttention"),
+    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), "no nn.Conv2d"),
+    "TorchScript": (lambda: torch.jit.script(small_net()), "TorchScript"),
+    "compiled": (lambda: torch.compile(small_net()), "is compiled"),
+    "weight normalisation": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrised"),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_cannot_be_fused_is_declined_with_a_reason(name):
+    build, words = DECLINED[name]
     with pytest.raises(UnsupportedNetwork, match=words):
         apbm_core.fuse(build(), IMAGES[:2])
+
+
+def test_each_convolution_of_convnext_is_declined_with_a_reason_and_so_is_naming_one_to_cut():
+    model = torchvision.models.convnext_tiny(num_classes=5).eval()
+    reasons = why_not_prunable(model, IMAGES[:1])
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert list(reasons) == convolutions and all(reason and len(reason) > 20 for reason in reasons.values())
+    with pytest.raises(ApbmError, match="features.0.0"):
+        apbm_core.slim(model, IMAGES[:1], {"features.0.0": [0, 1, 2]})
 
 
 def test_auxiliary_heads_can_be_left_out():
@@ -190,7 +229,7 @@ def test_dictionaries_come_out_as_they_did():
         assert_same_logits(slim(IMAGES)["logits"], net(IMAGES)["logits"])
 
 
-@pytest.mark.parametrize("returned", [lambda f: f.sum(1), lambda f: f.sum(), lambda f: f * 2])
+@pytest.mark.parametrize("returned", [lambda f: f.sum(1), lambda f: f.sum(), lambda f: f * 2], ids=["row", "sum", "x2"])
 def test_a_layer_whose_features_are_returned_keeps_its_filters(returned):
     model = Outputs(returned).eval()
     assert "returns its outputs" in why_not_prunable(model, IMAGES)["second"]
