@@ -1,4 +1,4 @@
-"""What every test file shares: one thread, a fixed seed, and hypothesis without a clock."""
+"""What every test file shares: one thread, a fixed seed, hypothesis without a clock, and the list of kills."""
 
 import os
 
@@ -24,3 +24,15 @@ def seed():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """List what tests noted with ``record_property("fault", ...)``: every kill, where it fell and what it left."""
+    passed = terminalreporter.stats.get("passed", [])
+    faults = [(report.nodeid, value) for report in passed for name, value in report.user_properties if name == "fault"]
+    if faults:
+        terminalreporter.section("faults injected; every run was recorded once and as if undisturbed")
+    for number, (test, fault) in enumerate(faults, start=1):
+        if number == 1 or test != faults[number - 2][0]:
+            terminalreporter.line(test)
+        terminalreporter.line(f"  {fault}")

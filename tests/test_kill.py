@@ -21,30 +21,47 @@ from apbm_core.runs import execute
 from apbm_core.study import Study
 
 
+@pytest.fixture
+def noted(record_property):
+    """Puts kills into the test report, which lists them at its end."""
+
+    def note(kills):
+        for kill in kills:
+            record_property("fault", str(kill))
+        return kills
+
+    return note
+
+
 def half_written(kills, what: str) -> int:
     """How many kills left a half-written file of this kind."""
     return sum(any(what in name for name in kill.half_written) for kill in kills)
 
 
-def test_a_grid_killed_in_training_and_while_writing_a_checkpoint_and_a_record_ends_as_if_undisturbed(tmp_path):
+def test_a_grid_killed_in_training_and_while_writing_a_checkpoint_and_a_record_ends_as_if_undisturbed(tmp_path, noted):
     moments = ["a checkpoint being written", "training", "a record being written"]
-    kills = kill_study.kill_grid(tmp_path, 3, methods=("apbm", "l1"), moments=moments)
+    kills = noted(kill_study.kill_grid(tmp_path, 3, methods=("apbm", "l1"), moments=moments))
     assert [kill.moment for kill in kills] == moments
     assert half_written(kills, ".ckpt.") and half_written(kills, ".json.")
 
 
 @pytest.mark.slow
-def test_a_grid_of_six_methods_killed_twenty_times_ends_as_if_undisturbed(tmp_path):
-    kills = kill_study.kill_grid(tmp_path, 20)
+def test_a_grid_of_six_methods_killed_twenty_times_ends_as_if_undisturbed(tmp_path, noted):
+    kills = noted(kill_study.kill_grid(tmp_path, 20))
     assert len(kills) == 20 and set(Counter(kill.moment for kill in kills)) == set(kill_study.MOMENTS)
     assert half_written(kills, ".ckpt.") >= 2 and half_written(kills, ".json.") and half_written(kills, ".safetensors.")
     assert any(kill.only_parent for kill in kills)
 
 
+def test_notebooks_killed_while_a_page_is_written_end_as_if_undisturbed(tmp_path, noted):
+    kills = noted(kill_study.kill_notebooks(tmp_path, 1, moments=["a page being written"]))
+    assert kills[0].half_written
+
+
 @pytest.mark.slow
-def test_notebooks_killed_while_they_execute_and_render_end_as_if_undisturbed(tmp_path):
+def test_notebooks_killed_while_they_execute_and_render_end_as_if_undisturbed(tmp_path, noted):
     moments = list(kill_study.NOTEBOOK_MOMENTS)
-    kills = kill_study.kill_notebooks(tmp_path, len(moments), moments=moments)
+    kills = noted(kill_study.kill_notebooks(tmp_path, len(moments), moments=moments))
     assert [kill.moment for kill in kills] == moments and half_written(kills, ".ipynb.")
 
 

@@ -65,18 +65,19 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda text: text.replace("0.123456789012345", "0.923456789012345"), "changed after it was written"),
-        (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed after it was written"),
-        (lambda text: text[: len(text) // 2], "not a complete run record"),
-        (lambda text: "", "not a complete run record"),
-        (lambda text: "[]", "not a complete run record"),
-        (lambda text: text.replace("checksum", "chequesum"), "not a complete run record"),
-    ],
-)
-def test_a_damaged_or_edited_record_is_refused_by_name(tmp_path, damage, words):
+FAULTS = {
+    "an accuracy edited": (lambda text: text.replace("0.123456789012345", "0.923456789012345"), "changed after it was"),
+    "a seed edited": (lambda text: text.replace('"seed": 0', '"seed": 1'), "changed after it was written"),
+    "truncated": (lambda text: text[: len(text) // 2], "not a complete run record"),
+    "empty": (lambda text: "", "not a complete run record"),
+    "not a mapping": (lambda text: "[]", "not a complete run record"),
+    "no checksum": (lambda text: text.replace("checksum", "chequesum"), "not a complete run record"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_or_edited_record_is_refused_by_name(tmp_path, fault):
+    damage, words = FAULTS[fault]
     folder, original = ResultsFolder(tmp_path), record()
     path = folder.write(original)
     path.write_text(damage(path.read_text()))
