@@ -89,29 +89,33 @@ FINDING = "print('finding:', [(record.config.method, record.test_loss) for recor
 ONE_THREAD = "import os\nos.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])"
 
 
+def environment(folder: Path, mark: str, fsync_seconds: float) -> dict[str, str]:
+    """The variables of a command under test: its mark, and a disk that takes its time."""
+    startup = folder / "startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "sitecustomize.py").write_text(SLOW_DISK)
+    return os.environ | {
+        "MARK": mark,
+        "FSYNC_SECONDS": str(fsync_seconds),
+        "CARRIED_OUT": str(folder / "carried-out.txt"),
+        "PYTHONPATH": os.pathsep.join([str(startup), str(REPOSITORY)]),
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_RUNTIME_DIR": str(folder / "jupyter"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+
+
 class Command:
     """A command under test: its processes carry a mark by which all of them are found, whatever their session."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, fsync_seconds: float = 0.0):
         self.mark = uuid.uuid4().hex
-        startup = folder / "startup"
-        startup.mkdir(parents=True, exist_ok=True)
-        (startup / "sitecustomize.py").write_text(SLOW_DISK)
-        environment = os.environ | {
-            "MARK": self.mark,
-            "FSYNC_SECONDS": str(fsync_seconds),
-            "CARRIED_OUT": str(folder / "carried-out.txt"),
-            "PYTHONPATH": os.pathsep.join([str(startup), str(REPOSITORY)]),
-            "OMP_NUM_THREADS": "1",
-            "JUPYTER_RUNTIME_DIR": str(folder / "jupyter"),
-            "IPYTHONDIR": str(folder / "ipython"),
-        }
         self.log = folder / f"{self.mark}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=folder,
-                env=environment,
+                env=environment(folder, self.mark, fsync_seconds),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -143,17 +147,22 @@ class Command:
 
     def alive(self) -> list[int]:
         """Every living process that descends from the command."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if (
-                    self.mark.encode() in (folder / "environ").read_bytes()
-                    and "State:\tZ" not in (folder / "status").read_text()
-                ):
-                    found.append(int(folder.name))
-            except OSError:  # gone, or not ours
-                continue
-        return found
+        return marked(self.mark)
+
+
+def marked(mark: str) -> list[int]:
+    """Every living process with this mark in its environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                mark.encode() in (folder / "environ").read_bytes()
+                and "State:\tZ" not in (folder / "status").read_text()
+            ):
+                found.append(int(folder.name))
+        except OSError:  # gone, or not ours
+            continue
+    return found
 
 
 @dataclass(frozen=True)
