@@ -26,7 +26,8 @@ from apbm_core.bench_measure import Settings, Table, render_markdown, render_tex
 from apbm_core.bench_processes import side_by_side
 from apbm_core.bench_profile import step_profile
 from apbm_core.bench_scoring import criteria, rescoring
-from apbm_core.bench_training import fusion_cost, input_pipeline, throughput
+from apbm_core.bench_throughput import throughput
+from apbm_core.bench_training import fusion_cost, input_pipeline
 from apbm_core.device import DEVICES, pick_device
 from apbm_core.errors import ApbmError, ConfigError, RecordError
 from apbm_core.files import write_atomically

@@ -103,6 +103,14 @@ def interleave(cases: Mapping[str, Callable[[], object]], settings: Settings) ->
     return {name: Measured(tuple(values)) for name, values in seconds.items()}
 
 
+def verdict(what: str, measured: Measured, limit: float, *, at_least: bool = False, otherwise: str = "") -> str:
+    """Whether the median keeps within ``limit``, as a sentence; where it does not, followed by ``otherwise``."""
+    is_met = measured.median >= limit if at_least else measured.median <= limit
+    bound = "at least" if at_least else "at most"
+    text = f"Goal: {what}: {bound} {limit:g}. {'Met' if is_met else 'Missed'}: {measured.median:.3g}."
+    return text if is_met or not otherwise else f"{text} {otherwise}"
+
+
 def seconds_of_one(case: Callable[[], object], device: torch.device) -> float:
     """Seconds of a single call that has not been warmed up, for what is too slow for more."""
     return _seconds(case, 1, device)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from apbm_core.bench_measure import Settings, Table, interleave
 from apbm_core.bench_steps import TrainingStep, fastest_step, fused_network, network
 from apbm_core.device import autocast, synchronize
 from apbm_core.fusion import fused_layers
+from apbm_core.lowering import lowered
 
 KINDS = (
     "conv forward", "conv weight gradient", "conv input gradient", "BatchNorm", "ReLU", "pooling", "fusion",
@@ -31,6 +32,7 @@ _RULES = (
     ("MmBackward", "fusion"),  # the linear layer's is called AddmmBackward
     ("IndexSelectBackward", "fusion"),
     ("ConvolutionBackward", _BACKWARD),
+    ("ProductConvolution", "conv forward"),
     ("aten::conv2d", "conv forward"),
     ("batch_norm", "BatchNorm"),
     ("BatchNorm", "BatchNorm"),
@@ -145,6 +147,13 @@ def _quiet() -> Iterator[None]:
         os.close(stderr)
 
 
+def _gradient(conv: nn.Conv2d, x: Tensor, weight: Tensor, of: Tensor) -> Callable[[], object]:
+    """A function that computes one gradient of a convolution, as it is lowered now."""
+    output = conv._conv_forward(x, weight, None)
+    upstream = torch.ones_like(output)
+    return lambda: torch.autograd.grad(output, of, upstream, retain_graph=True)
+
+
 def _share_of_weight_gradient(step: TrainingStep, settings: Settings) -> float:
     """Time of all weight gradients over that of all gradients of convolutions, each measured alone."""
     recorded: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
@@ -161,16 +170,13 @@ def _share_of_weight_gradient(step: TrainingStep, settings: Settings) -> float:
     for handle in handles:
         handle.remove()
     cases = {"weight": [], "input": []}
-    for index, (conv, x, y) in enumerate(recorded):
-        weight = conv.weight.detach().to(y.dtype)
-        arguments = (torch.ones_like(y), x.to(y.dtype), weight, None, conv.stride, conv.padding, conv.dilation)
-
-        def gradients(mask: list[bool], arguments=arguments) -> None:
-            torch.ops.aten.convolution_backward(*arguments, False, [0, 0], 1, mask)
-
-        cases["weight"].append(lambda gradients=gradients: gradients([False, True, False]))
-        if index > 0:  # the images need no gradient
-            cases["input"].append(lambda gradients=gradients: gradients([True, False, False]))
+    with lowered(step.model, step.lowered):
+        for index, (conv, x, y) in enumerate(recorded):
+            x, weight = x.to(y.dtype), conv.weight.detach().to(y.dtype)
+            cases["weight"].append(_gradient(conv, x, weight.requires_grad_(), weight))
+            if index > 0:  # the images need no gradient
+                x = x.requires_grad_()
+                cases["input"].append(_gradient(conv, x, weight.detach(), x))
     once = Settings(settings.device, settings.threads, rounds=(1, 1), shortest=0.0)
     took = interleave({kind: lambda calls=calls: [call() for call in calls] for kind, calls in cases.items()}, once)
     return took["weight"].median / (took["weight"].median + took["input"].median)

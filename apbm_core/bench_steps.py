@@ -14,6 +14,7 @@ from apbm_core.data import DataSplit
 from apbm_core.device import CompiledForward, autocast, memory_format
 from apbm_core.fusion import FusionSettings
 from apbm_core.images import Images
+from apbm_core.lowering import choose_lowered, lowered
 from apbm_core.models import build_model, prunable_convs
 from apbm_core.optimizer import build_optimizer
 from apbm_core.precision import resolve_precision
@@ -75,11 +76,18 @@ class TrainingStep:
         augmentation = Augmentation(padding=recipe.padding, crop=recipe.crop, flip=recipe.flip)
         source = BatchSource(split.train, split.mean, split.std, recipe.batch_size, device, augmentation, seed)
         self.batches = endless(source)
+        self.lowered = choose_lowered(
+            self.model, recipe, source.image_size, device, self.precision, bool(channels_last)
+        )
         self.optimizer = build_optimizer(model, recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, 0.0)
 
     def __call__(self) -> None:
+        with lowered(self.model, self.lowered):
+            self._step()
+
+    def _step(self) -> None:
         with torch.profiler.record_function("bench::input"):
             images, labels = next(self.batches)
             images = images.contiguous(memory_format=self.layout)
@@ -100,5 +108,5 @@ def endless(source: BatchSource) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def fastest_step(model: nn.Module, settings: Settings) -> TrainingStep:
-    """A step as the recipes take it on this device: precision and layout "auto"."""
+    """A step as the recipes take it on this device: precision, layout and lowered layers "auto"."""
     return TrainingStep(model, random_split(2 * settings.batch_size), recipe_for(settings.batch_size), settings.device)

@@ -1,26 +1,23 @@
-"""Benchmarks of training: how fast a step is, what fusion adds to it, and what feeds it."""
+"""Benchmarks of what surrounds a training step: what fusion adds to it, what feeds it, and evaluation."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from apbm_core.augment import Augmentation, BatchSource
-from apbm_core.bench_measure import Settings, Table, interleave, seconds_of_one
+from apbm_core.augment import Augmentation, BatchSource, evaluation_batches
+from apbm_core.bench_measure import Settings, Table, interleave, verdict
 from apbm_core.bench_steps import (
     MEAN,
     STD,
-    TARGETS,
     TrainingStep,
     endless,
     fastest_step,
     fused_network,
     network,
     random_split,
-    recipe_for,
 )
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.data import DataSplit
@@ -31,77 +28,8 @@ from apbm_core.optimizer import build_optimizer
 from apbm_core.precision import choose_precision
 from apbm_core.surgery import compact
 
-_PROBE_SHARE = 16  # arithmetic that the device only emulates is tried on a sixteenth of a batch
-
-
-def _variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    variants = {
-        "float32 NCHW": {"precision": "float32", "channels_last": False},
-        "float32 NHWC": {"precision": "float32", "channels_last": True},
-        "bfloat16 NHWC": {"precision": "bfloat16", "channels_last": True},
-    }
-    if choose_precision(settings.device)[0] != "bfloat16":
-        del variants["bfloat16 NHWC"]
-    if settings.compile:
-        name, options = list(variants.items())[-1]
-        variants[f"{name}, compiled"] = options | {"compile": True}
-    return variants
-
-
-def throughput(settings: Settings) -> list[Table]:
-    """Images/s of training steps, for each network and arithmetic."""
-    table = Table(
-        f"Training throughput, batch {settings.batch_size}",
-        ("network", "parameters", "arithmetic", "images/s", "of float32 NCHW", "of dense"),
-        notes=[
-            "A step: augmented batch, forward, backward, optimizer. NHWC is channels_last, bfloat16 is autocast. slim "
-            f"has the widths that remove {TARGETS['vgg16']:.2%} of VGG16's parameters and {TARGETS['resnet56']:.2%} of "
-            "ResNet56's; slim/8 and slim/16 restrict them to multiples. 'of dense': the dense network in the same "
-            "arithmetic."
-        ],
-    )
-    families = (
-        [("vgg16", "dense"), ("vgg16", "slim"), ("vgg16", "slim/8"), ("vgg16", "slim/16")],
-        [("resnet20", "dense"), ("resnet56", "dense"), ("resnet56", "slim")],
-    )
-    for family in families:
-        steps = {
-            (*member, variant): TrainingStep(
-                network(*member), random_split(2 * settings.batch_size), recipe_for(settings.batch_size, **options),
-                settings.device,
-            )
-            for member in family
-            for variant, options in _variants(settings).items()
-        }  # fmt: skip
-        seconds = interleave(steps, settings)
-        for (name, kind, variant), took in seconds.items():
-            table.add(
-                network=f"{name} {kind}",
-                parameters=count_parameters(steps[name, kind, variant].model),
-                arithmetic=variant,
-                **{
-                    "images/s": took.map(lambda s: settings.batch_size / s),
-                    "of float32 NCHW": seconds[name, kind, "float32 NCHW"] / took,
-                    "of dense": None if kind == "dense" else seconds[name, "dense", variant] / took,
-                },
-            )
-        if choose_precision(settings.device)[0] != "bfloat16":
-            table.notes.append(_probe_bfloat16(*family[-1], settings))
-    return [table]
-
-
-def _probe_bfloat16(name: str, kind: str, settings: Settings) -> str:
-    """Time one step in the arithmetic that the device emulates."""
-    batch = max(2, settings.batch_size // _PROBE_SHARE)
-    took = {}
-    for precision in ("float32", "bfloat16"):
-        recipe = recipe_for(batch, precision=precision, channels_last=True)
-        step = TrainingStep(network(name, kind), random_split(2 * batch), recipe, settings.device)
-        took[precision] = seconds_of_one(step, settings.device)
-    return (
-        f"bfloat16 is not native here and not measured further: a single step of {name} {kind} on {batch} images took "
-        f"{took['bfloat16'] / took['float32']:.1f} times as long as in float32 NHWC."
-    )
+_MIX = "alone: P W of all layers, forward"
+_SELECT = "alone: selection in all layers, forward"
 
 
 def fusion_cost(settings: Settings) -> list[Table]:
@@ -114,8 +42,9 @@ def fusion_cost(settings: Settings) -> list[Table]:
         "slim, P is dense": fastest_step(mixing, settings),
     }
     alone = {
-        "alone: P W of all layers, forward": _weights_of(steps["slim, P is dense"].model, backward=False),
-        "alone: P W of all layers, forward and backward": _weights_of(steps["slim, P is dense"].model, backward=True),
+        _MIX: _weights_of(mixing, backward=False),
+        _SELECT: _weights_of(selecting, backward=False),
+        "alone: P W of all layers, forward and backward": _weights_of(mixing, backward=True),
         "alone: optimizer, plain": _optimizer_of(steps["slim, plain convolutions"]),
         "alone: optimizer, banks": _optimizer_of(steps["slim, P is dense"]),
     }
@@ -133,12 +62,26 @@ def fusion_cost(settings: Settings) -> list[Table]:
         fusion.matrix.shape[0] * conv.parametrizations.weight.original.numel()
         for _, conv, fusion in fused_layers(mixing)
     )
-    share = 2 * products / (3 * settings.batch_size * count_macs(mixing))
-    table.notes.append(
-        "Goal: at most 3 % while P is dense, about 0 once it is a selection. By their multiply-accumulates alone, P W "
-        f"and its gradient are {100 * share:.1f} % of the network's forward and backward pass at this batch size. "
-        f"Parameters: {count_parameters(mixing):,} with the banks, {count_parameters(compact(mixing)):,} without."
-    )
+    share = products / (3 * settings.batch_size * count_macs(mixing))
+    rate = seconds[_MIX].map(lambda s: 2e-9 * products / s)
+    banks = sum(conv.parametrizations.weight.original.nbytes for _, conv, _ in fused_layers(mixing))
+    table.notes += [
+        verdict(
+            "fusion's forward pass while P is dense, % of the plain step",
+            (seconds[_MIX] / plain).map(_percent),
+            3.0,
+            otherwise=f"Its multiply-accumulates alone are {100 * share:.1f} % of the network's forward and backward "
+            f"pass at this batch size; they run at {rate.median:.0f} GFLOP/s, laid out so that nothing is copied.",
+        ),
+        verdict(
+            "its forward pass once P is a selection, % of the plain step",
+            (seconds[_SELECT] / plain).map(_percent),
+            0.5,
+            otherwise=f"It copies the kept filters out of {banks / 1e6:.0f} MB of banks.",
+        ),
+        f"The whole step also has P W's gradient, as many multiply-accumulates again, and an optimizer that updates "
+        f"{count_parameters(mixing):,} parameters with the banks instead of {count_parameters(compact(mixing)):,}.",
+    ]
     return [table]
 
 
@@ -176,10 +119,17 @@ def input_pipeline(settings: Settings) -> list[Table]:
     inputs.add(case="training step, slim VGG16", ms=seconds["step"].map(_ms))
     share = (seconds["batch"] / seconds["step"]).map(_percent)
     inputs.add(case="augmented batch", ms=seconds["batch"].map(_ms), **{"share of the step %": share})
-    inputs.notes.append(
-        f"Goal: at most 3 %. Random crop, flip and normalisation of {settings.source_images:,} resident images; each "
-        "epoch's permutation is included."
-    )
+    inputs.notes += [
+        f"Random crop, flip and normalisation of {settings.source_images:,} resident images; each epoch's permutation "
+        "is included.",
+        verdict(
+            "augmented batch, % of the step",
+            share,
+            3.0,
+            otherwise=f"{(seconds['batch'].map(lambda s: 1e6 * s / settings.batch_size)).median:.1f} microseconds an "
+            f"image; the step takes {seconds['step'].map(lambda s: 1e6 * s / settings.batch_size).median:.1f}.",
+        ),
+    ]
     return [inputs, _evaluation(split, settings)]
 
 
@@ -201,16 +151,28 @@ def _evaluation(split: DataSplit, settings: Settings) -> Table:
 
     cases = {
         "forward passes alone": bare,
+        "batches alone": lambda: list(evaluation_batches(images, MEAN, STD, batch, settings.device)),
         "evaluate()": partial(evaluate, model, images, MEAN, STD, batch_size=batch),
     }
     seconds = interleave(cases, settings)
+    forward = seconds["forward passes alone"]
     table = Table(f"Evaluation, slim VGG16, batch {batch}", ("case", "images/s", "of forward alone"))
     for name, took in seconds.items():
         table.add(
             case=name,
-            of_forward_alone=seconds["forward passes alone"] / took,
+            of_forward_alone=forward / took,
             **{"images/s": took.map(lambda s: len(images) / s)},
         )
+    table.notes.append(
+        verdict(
+            "evaluate(), of the forward passes' speed",
+            forward / seconds["evaluate()"],
+            0.95,
+            at_least=True,
+            otherwise=f"Making the batches takes {(seconds['batches alone'] / forward).map(_percent).median:.1f} % of "
+            "the time of the forward passes; the rest is loss and accuracy.",
+        )
+    )
     return table
 
 

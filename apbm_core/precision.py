@@ -8,7 +8,7 @@ from torch import nn
 
 from apbm_core.device import autocast, least_seconds, random_state, restore_random_state
 
-_CLEARLY_FASTER = 1.15  # a smaller gain could be noise, and a choice that flips would change the results
+MARGIN = 1.15  # a smaller gain could be noise, and a choice that flips would change the results
 _PROBE_LAYERS = ((64, 16), (128, 8), (256, 4))  # channels, side of the map: VGG16 and ResNets have such ones
 _PROBE_BATCH, _PROBE_BATCH_GPU = 32, 512  # on a GPU a small batch measures launches, not arithmetic
 _PROBE_ROUNDS = 3
@@ -22,7 +22,7 @@ def choose_precision(device: torch.device) -> tuple[str, bool]:
     not enough: AVX-512 BF16 without AMX often loses to float32. So :func:`bfloat16_speedup` decides, and bfloat16 is
     taken from a speedup of 1.15 on. The NHWC layout goes with both.
     """
-    is_faster = has_bfloat16(device) and bfloat16_speedup(device) >= _CLEARLY_FASTER
+    is_faster = has_bfloat16(device) and bfloat16_speedup(device) >= MARGIN
     return ("bfloat16" if is_faster else "float32"), device.type in ("cpu", "cuda")
 
 

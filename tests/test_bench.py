@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apbm_core import bench, bench_measure
+from apbm_core import bench, bench_measure, lowering
 from apbm_core.bench import SECTIONS, BenchFile, file_name, main, run_sections
 from apbm_core.bench_deployment import deployment
-from apbm_core.bench_measure import Measured, Settings, Table, interleave, render_markdown, render_text
+from apbm_core.bench_measure import Measured, Settings, Table, interleave, render_markdown, render_text, verdict
 from apbm_core.bench_profile import KINDS, kind_of, profile_step
 from apbm_core.bench_scoring import literal_importance
 from apbm_core.bench_steps import TrainingStep, fastest_step, network, random_split, recipe_for
@@ -204,6 +204,35 @@ def test_a_step_is_the_training_loops(channels_last):
         assert torch.equal(value, other), name
 
 
+def test_a_step_lowers_what_the_training_loop_lowers(monkeypatch):
+    monkeypatch.setattr(lowering, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(lowering, "time_convolution", lambda shape: lowering.ConvTimes(convolution=2.0, products=1.0))
+    monkeypatch.setattr(lowering, "LARGEST_SIDE", 8)
+    recipe, split = recipe_for(8, precision="float32"), random_split(16)
+    trained = network("resnet20", "dense")
+    stepped = copy.deepcopy(trained)
+    result = train(trained, split, recipe, 1, seed=5)
+    step = TrainingStep(stepped, split, recipe, CPU, seed=5)
+    step(), step()
+    assert step.lowered == result.lowered and len(step.lowered) == 5
+    states = zip(trained.state_dict().values(), stepped.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in states)
+    assert not any("_conv_forward" in vars(module) for module in stepped.modules())
+
+
+@pytest.mark.parametrize(
+    ("at_least", "limit", "expected"),
+    [
+        (False, 2.0, "Goal: x: at most 2. Met: 2."),
+        (False, 1.9, "Goal: x: at most 1.9. Missed: 2. Because."),
+        (True, 2.0, "Goal: x: at least 2. Met: 2."),
+        (True, 2.5, "Goal: x: at least 2.5. Missed: 2. Because."),
+    ],
+)
+def test_a_missed_goal_is_explained(at_least, limit, expected):
+    assert verdict("x", Measured((1.0, 2.0, 9.0)), limit, at_least=at_least, otherwise="Because.") == expected
+
+
 def test_the_literal_loop_gives_the_importance_it_is_timed_for():
     weight = torch.randn(12, 3, 3, 3)
     expected = relative_entropy(log_similarity(pairwise_distances(weight), 1.0))
@@ -217,6 +246,8 @@ def test_the_literal_loop_gives_the_importance_it_is_timed_for():
         (["aten::copy_", "aten::convolution_backward", "ConvolutionBackward0"], "conv backward"),
         (["aten::add_", "aten::_foreach_add_", "Optimizer.step#SGD.step"], "optimizer"),
         (["aten::add"], "shortcuts"),
+        (["aten::mm", "aten::addmm_", "ProductConvolution"], "conv forward"),
+        (["aten::mm", "aten::matmul", "ProductConvolutionBackward"], "conv backward"),
         (["aten::mm", "AddmmBackward0"], "linear and loss"),
         (["aten::mm", "MmBackward0"], "fusion"),
         (["aten::native_batch_norm", "aten::batch_norm"], "BatchNorm"),
