@@ -10,8 +10,10 @@ from apbm_core.device import autocast, least_seconds, random_state, restore_rand
 
 MARGIN = 1.15  # a smaller gain could be noise, and a choice that flips would change the results
 _PROBE_LAYERS = ((64, 16), (128, 8), (256, 4))  # channels, side of the map: VGG16 and ResNets have such ones
-_PROBE_BATCH, _PROBE_BATCH_GPU = 32, 512  # on a GPU a small batch measures launches, not arithmetic
-_PROBE_ROUNDS = 3
+# On a GPU a small batch measures launches, not arithmetic. On a CPU, many brief calls: where other processes run, a
+# brief one is more likely to be left alone, and the fastest counts.
+_PROBE_BATCH, _PROBE_BATCH_GPU = 16, 512
+_PROBE_ROUNDS = 8
 
 
 def choose_precision(device: torch.device) -> tuple[str, bool]:
@@ -48,7 +50,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def bfloat16_speedup(device: torch.device) -> float:
     """Time of a probe in float32 over its time in bfloat16 autocast; above 1, bfloat16 is faster.
 
-    The probe is forward and backward of a few convolutions with BatchNorm and ReLU in NHWC. It takes well under a
+    The probe is forward and backward of a few convolutions with BatchNorm and ReLU in NHWC. It takes about half a
     second, once for each device and number of threads in a process. The global random generators are as before after
     it.
     """
@@ -60,28 +62,37 @@ def _measured_speedup(device: torch.device, threads: int) -> float:
     states = random_state(device)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            step = _probe(device)
-            cases = {precision: partial(step, precision) for precision in ("float32", "bfloat16")}
+            steps = _probe(device)
+            cases = {
+                (layer, precision): partial(step, precision)
+                for layer, step in enumerate(steps)
+                for precision in ("float32", "bfloat16")
+            }
             seconds = least_seconds(cases, device, _PROBE_ROUNDS)
     finally:
         restore_random_state(states, device)
-    return seconds["float32"] / seconds["bfloat16"]
+    exact, brief = (
+        sum(seconds[layer, precision] for layer in range(len(steps))) for precision in ("float32", "bfloat16")
+    )
+    return exact / brief
 
 
-def _probe(device: torch.device) -> Callable[[str], None]:
-    """A function that computes the output and all gradients of the probe's layers in the precision it is given."""
-    batch, layers = _PROBE_BATCH_GPU if device.type == "cuda" else _PROBE_BATCH, []
-    for channels, side in _PROBE_LAYERS:
-        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        layer = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()).float()
-        images = torch.randn(batch, channels, side, side, dtype=torch.float32, device=device)
-        images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
-        layers.append((layer.to(device, memory_format=torch.channels_last), images))
+def _probe(device: torch.device) -> list[Callable[[str], None]]:
+    """For each layer, a function that computes its output and all gradients in the precision it is given."""
+    batch = _PROBE_BATCH_GPU if device.type == "cuda" else _PROBE_BATCH
+    return [_layer_step(channels, side, batch, device) for channels, side in _PROBE_LAYERS]
+
+
+def _layer_step(channels: int, side: int, batch: int, device: torch.device) -> Callable[[str], None]:
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    layer = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()).float()
+    layer.to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, channels, side, side, dtype=torch.float32, device=device)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def step(precision: str) -> None:
-        for layer, images in layers:
-            with autocast(device, precision):
-                output = layer(images)
-            torch.autograd.grad(output, [images, *layer.parameters()], torch.ones_like(output))
+        with autocast(device, precision):
+            output = layer(images)
+        torch.autograd.grad(output, [images, *layer.parameters()], torch.ones_like(output))
 
     return step

@@ -1,5 +1,7 @@
 """The choice of the arithmetic: what is measured, what is not, and that measuring leaves no trace."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -65,11 +67,11 @@ def test_the_speedup_is_the_ratio_of_the_two_times_measured_once_for_each_thread
     clock, steps = Clock(), []
 
     def probe(device):
-        def step(arithmetic):
+        def step(arithmetic, share):
             steps.append(arithmetic)
-            clock.now += {"float32": 0.3, "bfloat16": 0.1}[arithmetic]
+            clock.now += share * {"float32": 0.3, "bfloat16": 0.1}[arithmetic]
 
-        return step
+        return [partial(step, share=share) for share in (1, 2)]
 
     monkeypatch.setattr(devices, "time", clock)
     monkeypatch.setattr(precision, "_probe", probe)
