@@ -13,6 +13,7 @@ a results folder.
 """
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -272,6 +273,7 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
     options = parse(arguments)
     root = (root or Path(__file__).parents[1]).resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernels too, and says how to go on
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a cell that was interrupted it would print everything
     try:
         if options.command == "check":
             return _check(root)

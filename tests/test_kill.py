@@ -241,11 +241,12 @@ def test_ctrl_c_and_a_second_reproduction_through_the_command_line(tmp_path):
     arguments = ["-m", "apbm_core.notebooks", "run", "--profile", "tiny"]
     first = Command(arguments, root, fsync_seconds=1.0)
     try:
-        wait_until(lambda: any(results.glob("work/*scratch*/*.ckpt")) or first.is_over(), "the second notebook's run")
+        wait_until(lambda: (results / ".executing").exists() or first.is_over(), "the first notebook")
         second = Command(arguments, root)
         assert second.finish() == 1
         holder = f"{results} is being written by process {first.process.pid} on "
         assert holder in second.output and "wait for it to end, or choose another folder" in second.output
+        wait_until(lambda: any(results.glob("work/*scratch*/*.ckpt")) or first.is_over(), "the second notebook's run")
         first.process.send_signal(signal.SIGINT)
         assert first.process.wait(60) == 130
         wait_until(lambda: not first.alive(), "the kernel to end")
@@ -253,6 +254,7 @@ def test_ctrl_c_and_a_second_reproduction_through_the_command_line(tmp_path):
         first.kill()
     assert "interrupted in 02_table. Finished and in results/own/tiny: 01_grid." in first.output
     assert "The same command goes on from here: recorded runs are not repeated." in first.output
+    assert "Traceback" not in first.output and "Task exception" not in first.output
     recorded = {path: path.read_bytes() for path in results.glob("runs/*.json")}
     assert len(recorded) == 1 and (results / "01_grid.html").exists() and not (results / "02_table.ipynb").exists()
     third = Command(arguments, root)
