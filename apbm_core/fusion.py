@@ -75,9 +75,11 @@ class FilterFusion(nn.Module):
         self.register_buffer("matrix", torch.eye(n)[:m].contiguous())
 
     def forward(self, bank: Tensor) -> Tensor:
-        if self.is_selection:
-            return bank.index_select(0, self.selected)
-        return mix(self.matrix, bank)
+        if not self.is_selection:
+            return mix(self.matrix, bank)
+        if bank.is_contiguous(memory_format=torch.channels_last):  # index_select alone would lose the layout
+            return bank.permute(0, 2, 3, 1).index_select(0, self.selected).permute(0, 3, 1, 2)
+        return bank.index_select(0, self.selected)
 
     @torch.no_grad()
     def choose(self, bank: Tensor, progress: float) -> Tensor:

@@ -162,6 +162,14 @@ def test_mixing_does_not_depend_on_the_memory_layout(layout):
     torch.testing.assert_close(mix(fusion.matrix, w.to(memory_format=layout)), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_selection_keeps_the_memory_layout(layout):
+    fusion, w = scored(fuse=False)
+    selected = fusion(w.contiguous(memory_format=layout))
+    assert fusion.is_selection and torch.equal(selected, w[fusion.selected])
+    assert selected.is_contiguous(memory_format=layout)
+
+
 def test_mixing_is_in_float32_under_autocast():
     fusion, w = scored(w=bank(dtype=torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
