@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from apbm_core.counting import count_macs
+from apbm_core.device import autocast
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
 from apbm_core.methods import NAMES, get_method
 from apbm_core.models import build_model
@@ -76,7 +77,7 @@ def test_stored_networks_score_what_the_record_says(finished):
     images = (split.test.images.permute(0, 3, 1, 2).float() / 255 - mean) / std
     for record in records:
         model = load_compact(study.results.networks / record.network)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(torch.device("cpu"), record.environment["precision"]):
             accuracy = (model(images).argmax(1) == split.test.labels).double().mean().item()
         assert accuracy == pytest.approx(record.test_accuracy), record.id
 
