@@ -57,8 +57,9 @@ def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styl
     """One row for each network, method and target: means over the seeds."""
     columns = ["model", "method", "target", "schedule", "epochs", "accuracy", "interval", "n", "parameters", "MACs",
                "parameters removed", "training seconds"]  # fmt: skip
-    table = points(runs_frame(records))
-    return _shown(study, table[columns] if len(table) else table, name)
+    if not records:
+        print("None of the methods that were asked for belongs here.")
+    return _shown(study, points(runs_frame(records))[columns], name)
 
 
 def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None:

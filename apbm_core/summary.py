@@ -14,11 +14,15 @@ CONFIDENCE = 0.95
 MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56", "resnet110": "ResNet110"}
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
+_COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
+_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "side by side", "id"]
+_MEANS = ["epochs", "drop", *_COSTS]
 
 
 def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds.
 
+    Without records the frame is empty, but has its columns.
     The accuracy is the test set's, or the validation images' for a tuning run.
     """
     rows = []
@@ -45,7 +49,7 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "id": record.id,
             }
         )
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=_RUN).assign(drop=math.nan)
     if not frame.empty:
         frame["method"] = pd.Categorical(frame["method"], ordered(frame["method"]))
         dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
@@ -70,13 +74,12 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in frame.groupby(POINT, observed=True, sort=False):
         mean, half_width = mean_and_interval(group["accuracy"].tolist())
-        columns = ["epochs", "drop", "parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
         rows.append(
             dict(zip(POINT, key, strict=True))
             | {"accuracy": mean, "interval": half_width, "n": len(group)}
-            | group[columns].mean().to_dict()
+            | group[_MEANS].mean().to_dict()
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*POINT, "accuracy", "interval", "n", *_MEANS])
 
 
 def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apbm_core import report
 from apbm_core.counting import count_macs
 from apbm_core.device import autocast
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
@@ -80,6 +81,14 @@ def test_stored_networks_score_what_the_record_says(finished):
         with torch.no_grad(), autocast(torch.device("cpu"), record.environment["precision"]):
             accuracy = (model(images).argmax(1) == split.test.labels).double().mean().item()
         assert accuracy == pytest.approx(record.test_accuracy), record.id
+
+
+def test_a_table_of_no_runs_is_empty_but_has_its_columns(finished, tmp_path):
+    study, records = finished
+    full, none = points(runs_frame(records)), points(runs_frame([]))
+    assert len(none) == 0 and list(none.columns) == list(full.columns)
+    shown = report.summary_table(Study(study.parameters, tmp_path), [], "none").data
+    assert len(shown) == 0 and {"model", "accuracy", "n"} <= set(shown.columns)
 
 
 def test_what_is_recorded_is_not_run_again(finished, monkeypatch):
