@@ -50,12 +50,19 @@ class FusionSettings(BaseModel):
     stable_slots: bool = Field(True, description="a filter that stays kept keeps its output channel")
     fuse: bool = Field(True, description="False: select the important filters without mixing anything in")
     reselect: bool = Field(True, description="False: the filters kept at the first scoring stay kept")
+    bank: float = Field(1.0, ge=1, le=8, description="filters in the bank, in multiples of the layer's own; rest fresh")
+    initial: Literal["model", "orthogonal"] = Field(
+        "model", description="the bank starts as the model's own filters, or orthogonal ones of the same lengths"
+    )
+    gain: bool = Field(False, description="use the bank's filters at unit length, each times a gain that is learned")
+    learn_mixing: bool = Field(False, description="P only starts at the similarities and is then trained as a weight")
 
 
 class FilterFusion(nn.Module):
     """The parametrization ``bank (n, c_in, k, k) -> P @ bank (m, c_in, k, k)`` of one convolution's weight.
 
-    Buffers, all in the state dict: ``matrix`` P of shape (m, n) and ``selected``, the m kept filters in slot order.
+    In the state dict: ``matrix``, P of shape (m, n), a buffer unless it is learned; ``selected``, the m kept filters in
+    slot order; and ``gain`` of shape (n,), if there is one.
 
     Args:
         n: number of filters in the bank.
@@ -63,23 +70,56 @@ class FilterFusion(nn.Module):
         settings: how to score and fuse.
     """
 
+    no_weight_decay = ("matrix", "gain")
+
     def __init__(self, n: int, m: int, settings: FusionSettings):
         super().__init__()
         if not 1 <= m <= n:
             raise ConfigError(f"a bank of {n} filters cannot be fused into {m}; keep between 1 and {n}.")
         self.settings = settings
-        self.is_selection = True  # P is the identity's rows: an index_select does what the product would
+        self.is_selection = not settings.learn_mixing  # P is the identity's rows: index_select does what P would
         self.is_frozen = False
+        self.is_collapsed = False  # the fused filters are the weight itself; the bank is gone
         self.last: LayerFusion | None = None
         self.register_buffer("selected", torch.arange(m))
-        self.register_buffer("matrix", torch.eye(n)[:m].contiguous())
+        matrix = torch.eye(n)[:m].contiguous()
+        if settings.learn_mixing:
+            self.matrix = nn.Parameter(matrix)
+        else:
+            self.register_buffer("matrix", matrix)
+        self.gain = nn.Parameter(torch.ones(n)) if settings.gain else None
 
     def forward(self, bank: Tensor) -> Tensor:
+        if self.is_collapsed:
+            return bank
+        bank = self.filters(bank)
         if not self.is_selection:
             return mix(self.matrix, bank)
         if bank.is_contiguous(memory_format=torch.channels_last):  # index_select alone would lose the layout
             return bank.permute(0, 2, 3, 1).index_select(0, self.selected).permute(0, 3, 1, 2)
         return bank.index_select(0, self.selected)
+
+    def filters(self, bank: Tensor) -> Tensor:
+        """The bank's filters as they are mixed and scored: the bank itself, or at unit length times the gains."""
+        if self.gain is None:
+            return bank
+        return bank * (self.gain / bank.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def initial_bank(self, weight: Tensor) -> Tensor:
+        """The bank to start from: a layer's filters (n, c_in, k, k), made orthogonal and more of them as is set."""
+        bank = weight.clone()
+        n, lengths = len(self.matrix[0]), weight.flatten(1).norm(dim=1)
+        if n > len(bank):
+            fresh = torch.randn(n - len(bank), *bank.shape[1:], dtype=bank.dtype).to(bank.device) * bank.std()
+            bank = torch.cat([bank, fresh])
+            lengths = torch.cat([lengths, fresh.flatten(1).norm(dim=1)])
+        if self.settings.initial == "orthogonal":
+            flat = nn.init.orthogonal_(torch.empty(n, bank[0].numel())).to(bank)
+            bank = (flat / flat.norm(dim=1, keepdim=True) * lengths[:, None]).view_as(bank)
+        if self.gain is not None:
+            self.gain.copy_(lengths)
+        return bank.contiguous(memory_format=torch.preserve_format)
 
     @torch.no_grad()
     def choose(self, bank: Tensor, progress: float) -> Tensor:
@@ -95,18 +135,17 @@ class FilterFusion(nn.Module):
         """
         if self.is_frozen:
             return self.last
-        settings, before = self.settings, self.selected.clone()
+        settings, before, bank = self.settings, self.selected.clone(), self.filters(bank)
         log_p, temperature = self.log_similarity(bank, progress)
-        if reselect and settings.reselect:
+        is_learning = settings.learn_mixing and self.last is not None  # P is a weight by now: look, do not touch
+        if reselect and settings.reselect and not is_learning:
             selected = self._most_important(log_p, bank)
             self.selected.copy_(stable_slots(before, selected) if settings.stable_slots else selected)
-        matrix = _fusion_matrix(log_p, self.selected, settings)
-        own_share = matrix.gather(1, self.selected[:, None])
-        self.is_selection = own_share.min().item() > 1 - _ONE_HOT
-        if settings.rescale and not self.is_selection:
-            matrix *= _mean_norm(bank[self.selected]) / _mean_norm(mix(matrix.to(bank), bank)).clamp_min(1e-12)
-        self.matrix.copy_(matrix)
-        self.is_frozen = settings.schedule.is_frozen(progress)
+        if not is_learning:
+            self._set_matrix(_fusion_matrix(log_p, self.selected, settings), bank)
+        self.is_frozen = settings.schedule.is_frozen(progress) and not settings.learn_mixing
+        shares = self.matrix.detach().abs()
+        own_share = shares.gather(1, self.selected[:, None])[:, 0] / shares.sum(1)
         self.last = LayerFusion(
             temperature=temperature,
             entropy=similarity.entropy(log_p).mean().item(),
@@ -115,6 +154,13 @@ class FilterFusion(nn.Module):
             churn=1 - torch.isin(self.selected, before).double().mean().item(),
         )
         return self.last
+
+    def _set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
+        own_share = matrix.gather(1, self.selected[:, None])
+        self.is_selection = own_share.min().item() > 1 - _ONE_HOT and not self.settings.learn_mixing
+        if self.settings.rescale and not self.is_selection:
+            matrix *= _mean_norm(bank[self.selected]) / _mean_norm(mix(matrix.to(bank), bank)).clamp_min(1e-12)
+        self.matrix.copy_(matrix)
 
     def log_similarity(self, bank: Tensor, progress: float) -> tuple[Tensor, float]:
         """The bank's log-similarities, shape (n, n), at ``progress`` in [0, 1], and the temperature they are for."""
@@ -128,12 +174,21 @@ class FilterFusion(nn.Module):
     def _most_important(self, log_p: Tensor, bank: Tensor) -> Tensor:
         return _importance(self.settings.score, log_p, bank).topk(len(self.selected)).indices.sort().values
 
+    def shrink(self) -> None:
+        """Become the identity of the m fused filters."""
+        m = len(self.selected)
+        self.selected = torch.arange(m, device=self.selected.device)
+        self.matrix = torch.eye(m, dtype=self.matrix.dtype, device=self.matrix.device)
+        self.is_selection = self.is_collapsed = True
+
     def get_extra_state(self) -> dict:
         last = asdict(self.last) if self.last else None
-        return {"is_selection": self.is_selection, "is_frozen": self.is_frozen, "last": last}
+        flags = {"is_selection": self.is_selection, "is_frozen": self.is_frozen, "is_collapsed": self.is_collapsed}
+        return flags | {"last": last}
 
     def set_extra_state(self, state: dict) -> None:
         self.is_selection, self.is_frozen = state["is_selection"], state["is_frozen"]
+        self.is_collapsed = state["is_collapsed"]
         self.last = LayerFusion(**state["last"]) if state["last"] else None
 
 
@@ -195,6 +250,38 @@ def rescore(model: nn.Module, progress: float) -> FusionReport:
         progress,
         {name: fusion.rescore(conv.parametrizations.weight.original, progress) for name, conv, fusion in layers},
     )
+
+
+@torch.no_grad()
+def collapse(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Where P is frozen for good, make the fused filters the weight, in place: what trains on is the slim network.
+
+    The forward pass stays the same to rounding, and so does the optimizer's momentum, which is fused alike; banks and
+    P cost nothing from then on. What differs is the course of the training: a bank spreads a gradient over all the
+    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone.
+
+    Args:
+        model: a network made by :func:`apbm_core.fuse`.
+        optimizer: the one that holds the banks, if it has taken a step.
+    """
+    for _, conv, fusion in fused_layers(model):
+        if not fusion.is_frozen or fusion.is_collapsed or fusion.gain is not None:
+            continue
+        bank = conv.parametrizations.weight.original
+        state = optimizer.state.get(bank, {}) if optimizer else {}
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == bank.shape:
+                state[name] = fusion(value).clone()
+        bank.data, bank.grad = fusion(bank).clone(), None
+        fusion.shrink()
+
+
+def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix: str, *_) -> None:
+    """Before a state dict is loaded: collapse a layer that was saved after its collapse."""
+    saved, fusion = state.get(f"{prefix}original"), weight[0]
+    if saved is not None and not fusion.is_collapsed and len(saved) == len(fusion.selected) < len(weight.original):
+        weight.original.data = weight.original.data[: len(saved)].clone()
+        fusion.shrink()
 
 
 def stable_slots(before: Tensor, selected: Tensor) -> Tensor:

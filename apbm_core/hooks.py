@@ -32,11 +32,18 @@ class Context:
     epoch: int = 0  # counted from 0
     step: int = 0  # steps of this epoch that are done; in on_loss .. after_step, the index of the one being taken
     history: list[dict[str, Any]] = field(default_factory=list)  # one row for each finished epoch
+    course: tuple[float, float] = (0.0, 1.0)  # from where to where this training goes in the whole of a method's
 
     @property
     def progress(self) -> float:
-        """The share of all steps that is done, in [0, 1]."""
-        return (self.epoch * self.steps_per_epoch + self.step) / (self.epochs * self.steps_per_epoch)
+        """The share of all steps that is done, in [0, 1]; of the whole method's, if this is a part of it."""
+        return self.progress_after(self.step)
+
+    def progress_after(self, step: int) -> float:
+        """The progress once ``step`` steps of this epoch are done."""
+        share = (self.epoch * self.steps_per_epoch + step) / (self.epochs * self.steps_per_epoch)
+        begin, end = self.course
+        return begin + (end - begin) * share
 
 
 class Hook:

@@ -19,7 +19,7 @@ from torch_pruning.ops import OPTYPE
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward_checks import check_still_runs, count_calls, refuse_parametrized, refuse_wrapped
-from apbm_core.fusion import FilterFusion, FusionSettings, fused_layers
+from apbm_core.fusion import FilterFusion, FusionSettings, fit_saved_shape, fused_layers
 from apbm_core.widths import parse_keep
 
 _OUT = torch_pruning.prune_conv_out_channels
@@ -121,15 +121,17 @@ def fuse(
     fusions = {}
     for name, share in wanted.items():
         weight = modules[name].weight
-        fusions[name] = FilterFusion(len(weight), parse_keep(share, len(weight), name), settings).to(weight)
+        kept = parse_keep(share, len(weight), name)
+        fusions[name] = FilterFusion(round(settings.bank * len(weight)), kept, settings).to(weight)
         fusions[name].choose(weight, progress=0.0)
     small, inputs = _slim(model, example_inputs, {name: fusion.selected for name, fusion in fusions.items()}, reasons)
     for name, fusion in fusions.items():
         conv = small.get_submodule(name)
-        bank = modules[name].weight.detach()[:, inputs[name]].clone()
+        bank = fusion.initial_bank(modules[name].weight.detach()[:, inputs[name]])
         conv.weight = nn.Parameter(bank, requires_grad=modules[name].weight.requires_grad)
         fusion.rescore(bank, progress=0.0, reselect=False)
         parametrize.register_parametrization(conv, "weight", fusion, unsafe=True)  # unsafe: the shape changes
+        conv.parametrizations.weight.register_load_state_dict_pre_hook(fit_saved_shape)
     return small
 
 

@@ -129,8 +129,11 @@ class Task:
         epochs: int,
         hooks: Sequence[Hook] = (),
         recipe_overrides: Mapping[str, Any] | None = None,
+        course: tuple[float, float] = (0.0, 1.0),
     ) -> TrainingResult | None:
         """Train ``model`` in place as the phase called ``phase``; nothing happens for 0 epochs.
+
+        ``course`` is the part of the learning rate's course that the phase goes through, by default all of it.
 
         Raises:
             TrainingDiverged: the loss became NaN or infinite.
@@ -140,7 +143,7 @@ class Task:
             return None
         values = self.config.recipe.model_dump() | dict(recipe_overrides or {})
         recipe = validated(Recipe, values, f"the recipe of phase {phase!r}")
-        result = self._run(phase, model, epochs, recipe, self._folder, f"{self.config.id}/{phase}", hooks)
+        result = self._run(phase, model, epochs, recipe, self._folder, f"{self.config.id}/{phase}", hooks, course)
         self._record(phase, result, epochs)
         return result
 
@@ -182,6 +185,7 @@ class Task:
         folder: Path,
         identity: str,
         hooks: Sequence[Hook],
+        course: tuple[float, float] = (0.0, 1.0),
     ) -> TrainingResult:
         trained = sum(1 for record in self.phases if record.epochs)
         return train(
@@ -195,6 +199,7 @@ class Task:
             checkpoint=folder / f"{phase}.ckpt",
             identity=identity,
             progress=self._progress and (lambda context: self._progress(phase, context)),
+            course=course,
         )
 
     def _record(self, phase: str, result: TrainingResult, epochs: int, shared: bool = False) -> None:

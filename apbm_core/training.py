@@ -66,6 +66,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
     progress: Callable[[Context], None] | None = None,
+    course: tuple[float, float] = (0.0, 1.0),
 ) -> TrainingResult:
     """Train ``model`` in place on ``split.train``; ``split.val`` is measured after each epoch, ``split.test`` never.
 
@@ -90,6 +91,8 @@ def train(
         checkpoint_seconds: save in the middle of an epoch, too, when the last time is this long ago.
         checkpoint_steps: save every so many steps as well.
         progress: called after each step, an epoch's last one once its row is in ``context.history``.
+        course: the part of the recipe's learning-rate course, as shares of it, that these epochs go through; for a
+            method that trains in several parts what is one training to the recipe.
 
     Raises:
         ConfigError: the arguments do not fit together.
@@ -98,18 +101,21 @@ def train(
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ConfigError(f"epochs = {epochs!r} must be a whole number of at least 1.")
+    if not 0 <= course[0] < course[1] <= 1:
+        raise ConfigError(f"course = {course} must rise from at least 0 to at most 1.")
     device = pick_device(device)
     augmentation = Augmentation(padding=recipe.padding, crop=recipe.crop, flip=recipe.flip)
     source = BatchSource(split.train, split.mean, split.std, recipe.batch_size, device, augmentation, seed)
+    part = "" if course == (0.0, 1.0) else f", from {course[0]:.6g} to {course[1]:.6g} of the course"
     file = CheckpointFile(
         checkpoint,
-        f"{identity or 'unnamed'}; {epochs} epochs of {source.steps_per_epoch} steps, seed {seed}, "
+        f"{identity or 'unnamed'}; {epochs} epochs of {source.steps_per_epoch} steps{part}, seed {seed}, "
         f"recipe {recipe.name} {sha256(recipe.model_dump_json(exclude={'lowering'}).encode())[:12]}",
         checkpoint_seconds,
         checkpoint_steps,
     )
     seed_everything(seed)
-    training = _Training(model, split, source, recipe, epochs, device, tuple(hooks), file)
+    training = _Training(model, split, source, recipe, epochs, device, tuple(hooks), file, course)
     with lowered(model, training.lowered):
         while training.context.epoch < epochs:
             training.train_epoch(progress or (lambda context: None))
@@ -129,6 +135,7 @@ class _Training:
         device: torch.device,
         hooks: tuple[Hook, ...],
         file: CheckpointFile,
+        course: tuple[float, float],
     ):
         self.model, self.split, self.source, self.recipe = model, split, source, recipe
         self.device, self.hooks, self.file = device, hooks, file
@@ -151,7 +158,8 @@ class _Training:
         self.evaluation_seconds, self.images, self.peak_memory = 0.0, 0, 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.context = Context(model, build_optimizer(model, recipe), device, epochs, source.steps_per_epoch)
+        optimizer = build_optimizer(model, recipe)
+        self.context = Context(model, optimizer, device, epochs, source.steps_per_epoch, course=course)
         for hook in hooks:
             hook.start(self.context)
         if saved:
@@ -195,7 +203,7 @@ class _Training:
         """Forward, backward and update for one batch."""
         context, optimizer = self.context, self.context.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, context.progress)
+            group["lr"] = learning_rate(self.recipe, context.progress) * group.get("lr_scale", 1.0)
         with autocast(self.device, self.precision):
             logits = self.forward(images)
         if logits.shape != (len(labels), self.split.num_classes):

@@ -21,6 +21,7 @@ __all__ = [
     "PublishedWidths",
     "WidthSolution",
     "check_published_target",
+    "entropy_budget_model_widths",
     "entropy_budget_widths",
     "parse_keep",
     "solve_model_widths",
@@ -157,6 +158,14 @@ def solve_model_widths(
     """
     count = size_function(name, num_classes, by, **options)
     return solve_widths(dense_widths(name), count, target, tolerance=tolerance, multiple=multiple, minimum=minimum)
+
+
+def entropy_budget_model_widths(
+    name: str, num_classes: int, redundancy: Sequence[float], target: float, by: str = "params", minimum: int = 4
+) -> WidthSolution:
+    """``entropy_budget_widths`` for a network of ``models.py``; arguments as in ``solve_model_widths``."""
+    count = size_function(name, num_classes, by)
+    return entropy_budget_widths(dense_widths(name), redundancy, count, target, minimum=minimum)
 
 
 def check_published_target(name: str, model: str, num_classes: int, target: float, by: str = "params") -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from apbm_core.fusion import FusionSettings
-from apbm_core.methods.apbm import train_fused
+from apbm_core.methods import apbm
 from apbm_core.schedules import DcffTemperature
 from apbm_core.task import Task
 
@@ -33,4 +33,4 @@ def prune(task: Task) -> nn.Module:
         rescale=False,
         reselect=not task.options.frozen_scores,
     )
-    return train_fused(task, settings, rescores_per_epoch=1)
+    return apbm.train_fused(task, apbm.Options(settings=settings, rescores_per_epoch=1))
