@@ -1,0 +1,238 @@
+"""The ablation: APBM with one ingredient changed at a time, judged on held-out training images.
+
+``python -m apbm_core.ablation`` runs what is not recorded yet, seed by seed, so that every variant has as many as the
+others whenever it is stopped; 05_ablation draws what is recorded. The test images are never seen here: variants are
+compared on the 5,000 validation images of the ``tuning`` split, with seeds that the study itself does not use.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from apbm_core.errors import ApbmError, ConfigError
+from apbm_core.records import PUBLISHED, RunConfig, RunRecord
+from apbm_core.study import Study, StudyParameters
+from apbm_core.summary import mean_and_interval
+from apbm_core.validation import closest
+
+FOLDER = "ablation"
+"""Beside the profiles' folders: ``results/ablation``."""
+
+SEEDS = (10, 11, 12)
+
+BEDS: dict[str, dict[str, Any]] = {
+    # Small and quick; arithmetic is fixed, so that machines differ in rounding alone.
+    "resnet20": {
+        "models": ["resnet20"],
+        "targets": {"resnet20": [0.75]},
+        "epochs": 6,
+        "recipe_overrides": {"crop": 24, "padding": 2, "precision": "float32"},
+    },
+    # The paper's headline network and target, on fewer images.
+    "vgg16": {
+        "models": ["vgg16"],
+        "targets": {"vgg16": [0.9274]},
+        "epochs": 6,
+        "train_subset": 20_000,
+        "recipe_overrides": {"precision": "float32"},
+    },
+}
+"""Where the variants are compared: parameters of a study, all of them with ``split = "tuning"``."""
+
+BASE: dict[str, Any] = {
+    "settings": {
+        "schedule": {"kind": "annealed", "start": 1.0, "end": 2.0, "freeze": 0.6},
+        "metric": "euclidean",
+        "score": "relative-entropy",
+        "mass": "all",
+        "rescale": True,
+        "stable_slots": True,
+        "fuse": True,
+        "reselect": True,
+        "bank": 1.0,
+        "initial": "model",
+        "gain": False,
+        "learn_mixing": False,
+    },
+    "rescores_per_epoch": 4,
+    "collapse": False,
+    "bank_lr": 1.0,
+    "bank_decay": 1.0,
+    "wide": 0.0,
+    "stages": 1,
+    "merge": "activations",
+    "widths": "shared",
+    "budget_tau": 1.0,
+}
+"""What the variants start from, spelt out, so that it stays what it was when APBM's defaults change."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the ablation: what differs from BASE, or a rival for comparison."""
+
+    name: str
+    group: str  # the ingredient it is about
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "apbm"
+
+    def all_options(self) -> dict[str, Any]:
+        """The method's options in full; none for a rival."""
+        if self.method != "apbm":
+            return {}
+        return {**BASE, **self.options, "settings": {**BASE["settings"], **self.settings}}
+
+
+def _tau(start: float, end: float, freeze: float) -> dict[str, Any]:
+    return {"schedule": {"kind": "annealed", "start": start, "end": end, "freeze": freeze}}
+
+
+_SIXTH = 1 / 6  # one epoch of the beds' six
+
+_ALL = (
+    Variant("scratch", "reference", "slim from scratch", method="scratch"),
+    Variant("l1", "reference", "2 epochs dense, cut by L1", method="l1"),
+    Variant("dense", "reference", "dense", method="dense"),
+    Variant("dcff", "reference", "DCFF's schedule", method="dcff"),
+    Variant("base", "reference", "base: tau 1 to 2, all mass, rescaled"),
+    Variant("no-fusion", "fusion", "nothing mixed in: the KL score selects", {"fuse": False}),
+    Variant("no-reselection", "fusion", "the first selection stays", {"reselect": False}),
+    Variant("shuffled-slots", "fusion", "slots not stable", {"stable_slots": False}),
+    Variant("no-rescale", "fusion", "not rescaled", {"rescale": False}),
+    Variant("mass-unimportant", "mass", "mass of unimportant filters only", {"mass": "unimportant"}),
+    Variant("mass-assigned", "mass", "unimportant filters divide themselves", {"mass": "assigned"}),
+    Variant("tau-low", "tau", "tau 0.5 to 2", _tau(0.5, 2.0, 0.6)),
+    Variant("tau-high", "tau", "tau 1.5 to 3", _tau(1.5, 3.0, 0.6)),
+    Variant("tau-short", "tau", "frozen after 1/3", _tau(1.0, 2.0, 1 / 3)),
+    Variant("tau-long", "tau", "never frozen", _tau(1.0, 2.0, 1.0)),
+    Variant("tau-constant", "tau", "tau 1 throughout", _tau(1.0, 1.0, 1.0)),
+    Variant("score-entropy", "score", "score: entropy", {"score": "entropy"}),
+    Variant("score-l1", "score", "score: L1", {"score": "l1"}),
+    Variant("score-order", "score", "score: none, the first m", {"score": "order"}),
+    Variant("cosine", "score", "cosine distance", {"metric": "cosine"}),
+    Variant("gain", "bank", "unit filters with learned gains", {"gain": True}),
+    Variant("learned-mixing", "bank", "P is trained", {"learn_mixing": True}),
+    Variant("bank-2", "bank", "bank twice the layer", {"bank": 2.0}),
+    Variant("orthogonal", "bank", "orthogonal initial bank", {"initial": "orthogonal"}),
+    Variant("bank-lr-2", "bank", "banks learn twice as fast", options={"bank_lr": 2.0}),
+    Variant("bank-lr-half", "bank", "banks learn half as fast", options={"bank_lr": 0.5}),
+    Variant("bank-no-decay", "bank", "banks without weight decay", options={"bank_decay": 0.0}),
+    Variant("collapse", "bank", "banks dropped once P is frozen", options={"collapse": True}),
+    Variant("wide-1", "narrowing", "1 epoch wide, then merged", options={"wide": _SIXTH}),
+    Variant("wide-1-cut", "narrowing", "1 epoch wide, then cut", options={"wide": _SIXTH, "merge": "none"}),
+    Variant(
+        "wide-1-similarity", "narrowing", "1 epoch wide, averaged", options={"wide": _SIXTH, "merge": "similarity"}
+    ),
+    Variant("wide-2", "narrowing", "2 epochs wide, then merged", options={"wide": 2 * _SIXTH}),
+    Variant("wide-2-stages", "narrowing", "2 stages in 2 epochs", options={"wide": 2 * _SIXTH, "stages": 2}),
+    Variant("wide-3-stages", "narrowing", "3 stages in 3 epochs", options={"wide": 3 * _SIXTH, "stages": 3}),
+    Variant("wide-1-budget", "widths", "1 epoch wide, entropy widths", options={"wide": _SIXTH, "widths": "entropy"}),
+    Variant(
+        "wide-2-stages-budget",
+        "widths",
+        "2 stages, entropy widths",
+        options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
+    ),
+)
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
+
+
+def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[str, int], RunConfig]:
+    """The runs of some variants, by (variant, seed), seed by seed.
+
+    Raises:
+        ConfigError: an unknown bed or variant.
+    """
+    found = {}
+    for seed in seeds:
+        for name in names:
+            variant, parameters = _known(name, VARIANTS, "variant"), _known(bed, BEDS, "bed")
+            values = {"methods": [variant.method], "seeds": [seed], "split": "tuning"}
+            if variant.options or variant.method == "apbm":
+                values["options"] = {"apbm": variant.all_options()}
+            (found[name, seed],) = StudyParameters.parse(parameters | values).run_configs("cifar10")
+    return found
+
+
+def run(folder: str | Path, bed: str, names: Sequence[str], seeds: Sequence[int]) -> list[RunRecord]:
+    """Carry out what is not recorded in ``folder`` and return the records; see :func:`configs`."""
+    wanted = configs(bed, names, seeds)
+    parameters = StudyParameters.parse(BEDS[bed] | {"split": "tuning"})
+    return Study(parameters, folder).run(list(wanted.values()))
+
+
+def recorded(folder: str | Path, bed: str, seeds: Iterable[int] = range(10, 40)) -> dict[tuple[str, int], RunRecord]:
+    """The records there are, by (variant, seed)."""
+    study = Study(StudyParameters.parse(BEDS[bed] | {"split": "tuning"}), folder, records_only=True)
+    found = {key: study.results.read(config) for key, config in configs(bed, VARIANTS, seeds).items()}
+    return {key: record for key, record in found.items() if record is not None}
+
+
+def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:
+    """One row a variant: mean validation accuracy, and its difference to the reference, paired by seed.
+
+    Accuracies in percent, differences in points; intervals are Student's at 95 %, NaN for one seed.
+    """
+    rows = []
+    for variant in _ALL:
+        mine = {seed: record for (name, seed), record in records.items() if name == variant.name}
+        if not mine:
+            continue
+        accuracy = {seed: 100 * record.val_accuracy for seed, record in mine.items()}
+        mean, half = mean_and_interval(list(accuracy.values()))
+        pairs = [
+            value - 100 * records[reference, seed].val_accuracy
+            for seed, value in accuracy.items()
+            if (reference, seed) in records
+        ]
+        difference, half_difference = mean_and_interval(pairs) if pairs else (float("nan"), float("nan"))
+        rows.append(
+            {
+                "variant": variant.name,
+                "ingredient": variant.group,
+                "what": variant.label,
+                "accuracy": mean,
+                "interval": half,
+                "n": len(mine),
+                "difference": difference,
+                "interval of difference": half_difference,
+                "pairs": len(pairs),
+                "parameters removed": 100 * next(iter(mine.values())).parameters_removed,
+                "MACs removed": sum(100 * record.macs_removed for record in mine.values()) / len(mine),
+                "training seconds": sum(record.seconds for record in mine.values()) / len(mine),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _known(name: str, known: Mapping[str, Any], what: str) -> Any:
+    if name not in known:
+        raise ConfigError(f"there is no {what} {name!r}{closest(name, known)} Allowed: {', '.join(known)}.")
+    return known[name]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m apbm_core.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--bed", default="resnet20", help=f"where to compare: {', '.join(BEDS)}")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="all by default")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
+    parser.add_argument("--folder", default=f"{PUBLISHED}/{FOLDER}", help="where the records are")
+    given = parser.parse_args(arguments)
+    try:
+        run(given.folder, given.bed, given.variants, given.seeds)
+        print(table(recorded(given.folder, given.bed)).round(2).to_string(index=False))
+    except ApbmError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
