@@ -4,11 +4,12 @@ Three verbs for any network::
 
     slim = apbm_core.fuse(model, example_inputs, keep=0.5)  # physically small, banks of dense width behind it
     ...  # your own training loop; once an epoch: apbm_core.rescore(slim, progress=epoch / epochs)
+    ...  # optional, after each rescore: apbm_core.collapse(slim, optimizer) drops banks that are done
     net = apbm_core.compact(slim)  # plain nn.Conv2d network, same logits
 """
 
 from apbm_core.errors import ApbmError
-from apbm_core.fusion import FusionSettings, rescore
+from apbm_core.fusion import FusionSettings, collapse, rescore
 from apbm_core.surgery import compact, fuse, prunable_layers, slim
 
-__all__ = ["ApbmError", "FusionSettings", "compact", "fuse", "prunable_layers", "rescore", "slim"]
+__all__ = ["ApbmError", "FusionSettings", "collapse", "compact", "fuse", "prunable_layers", "rescore", "slim"]

@@ -46,7 +46,7 @@ BEDS: dict[str, dict[str, Any]] = {
 
 BASE: dict[str, Any] = {
     "settings": {
-        "schedule": {"kind": "annealed", "start": 1.0, "end": 2.0, "freeze": 0.6},
+        "schedule": {"kind": "annealed", "start": 1.0, "end": 2.0, "freeze": 0.6, "scale_free": True},
         "metric": "euclidean",
         "score": "relative-entropy",
         "mass": "all",
@@ -91,7 +91,7 @@ class Variant:
 
 
 def _tau(start: float, end: float, freeze: float) -> dict[str, Any]:
-    return {"schedule": {"kind": "annealed", "start": start, "end": end, "freeze": freeze}}
+    return {"schedule": {"kind": "annealed", "start": start, "end": end, "freeze": freeze, "scale_free": True}}
 
 
 _SIXTH = 1 / 6  # one epoch of the beds' six

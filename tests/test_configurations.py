@@ -251,6 +251,50 @@ def test_a_configuration_runs_or_is_refused_before_it_trains(method, share, by, 
     assert record.parameters <= record.dense_parameters
 
 
+apbm_options = st.fixed_dictionaries(
+    {},
+    optional={
+        "settings": st.fixed_dictionaries(
+            {},
+            optional={
+                "mass": st.sampled_from(["all", "unimportant", "assigned"]),
+                "bank": st.floats(1, 3),
+                "initial": st.sampled_from(["model", "orthogonal"]),
+                "gain": st.booleans(),
+                "learn_mixing": st.booleans(),
+            },
+        ),
+        "collapse": st.booleans(),
+        "bank_lr": st.floats(0.1, 2),
+        "bank_decay": st.floats(0, 2),
+        "wide": st.floats(0, 1, exclude_max=True),
+        "stages": st.integers(1, 3),
+        "merge": st.sampled_from(["none", "similarity", "activations"]),
+        "widths": st.sampled_from(["shared", "entropy"]),
+    },
+)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(options=apbm_options, share=st.sampled_from([0.3, 0.75, 0.97]), epochs=st.integers(1, 3))
+@example(options={"wide": 0.5, "stages": 2}, share=0.5, epochs=2)
+@example(options={"wide": 0.5, "widths": "entropy"}, share=0.97, epochs=2)
+@example(options={"collapse": True, "settings": {"gain": True}, "bank_lr": 2.0}, share=0.5, epochs=2)
+def test_apbms_options_run_or_are_refused_before_it_trains(options, share, epochs):
+    torch.set_num_threads(1)
+    values = TINY | {"methods": ["apbm"], "targets": {"resnet20": [share]}, "epochs": epochs}
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            (config,) = StudyParameters.parse(values | {"options": {"apbm": options}}).run_configs("digits")
+            record = execute(config, folder, "cpu", 1, said.append)
+        except ApbmError as error:
+            assert not said and isinstance(error, ConfigError), f"refused after training began: {error}"
+            return
+    assert sum(phase.epochs for phase in record.phases) == epochs == len(record.history)
+    assert record.parameters_removed == pytest.approx(share, abs=0.01)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_methods_options_refuse_nan_and_the_unknown_by_name(name):
     options = get_method(name).Options

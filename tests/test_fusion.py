@@ -241,3 +241,100 @@ def test_rescore_says_what_is_wrong():
         fused[0].parametrizations.weight.original[0] = float("nan")
     with pytest.raises(ConfigError, match="NaN"):
         apbm_core.rescore(fused, 0.5)
+
+
+def test_gains_are_the_lengths_of_the_banks_filters():
+    w = bank(dtype=torch.float32)
+    fusion = FilterFusion(8, 3, FusionSettings(gain=True, rescale=False))
+    fusion.choose(w, 0.0)
+    start = fusion.initial_bank(w)
+    fusion.rescore(start, 0.0, reselect=False)
+    plain = FilterFusion(8, 3, FusionSettings(rescale=False))
+    plain.choose(w, 0.0)
+    plain.rescore(w, 0.0, reselect=False)
+    torch.testing.assert_close(fusion(start), plain(w))  # at first it computes what it would without gains
+    torch.testing.assert_close(fusion(5 * start), plain(w))  # the bank's own lengths do not matter
+    with torch.no_grad():
+        fusion.gain *= 2
+    torch.testing.assert_close(fusion(start), 2 * plain(w))
+    fusion(start).sum().backward()
+    assert (fusion.gain.grad != 0).all()
+
+
+def test_learned_mixing_starts_at_p_gets_gradients_and_is_left_alone_by_scoring():
+    w = bank(dtype=torch.float32)
+    fusion = FilterFusion(8, 3, FusionSettings(learn_mixing=True))
+    fusion.choose(w, 0.0)
+    fusion.rescore(w, 0.0, reselect=False)
+    fixed, _ = scored(w=w)
+    torch.testing.assert_close(fusion.matrix.detach(), fixed.matrix)
+    fusion(w).square().sum().backward()
+    assert fusion.matrix.grad.abs().min() > 0
+    with torch.no_grad():
+        fusion.matrix += 0.1
+    before = fusion.matrix.detach().clone()
+    report = fusion.rescore(bank(seed=1, dtype=torch.float32), 1.0)
+    assert torch.equal(fusion.matrix, before) and not fusion.is_frozen and report.churn == 0
+
+
+def test_a_bank_may_be_larger_than_its_layer_and_start_orthogonal():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    settings = FusionSettings(bank=2.0, initial="orthogonal")
+    torch.manual_seed(0)
+    fused = apbm_core.fuse(model, torch.zeros(1, 3, 9, 9), 0.5, settings)
+    start = fused[0].parametrizations.weight.original.detach()
+    assert start.shape == (16, 3, 3, 3) and fused[0].weight.shape == (4, 3, 3, 3)
+    unit = start.flatten(1) / start.flatten(1).norm(dim=1, keepdim=True)
+    off_diagonal = unit @ unit.T - torch.eye(16)
+    assert off_diagonal.abs().max() < 1e-5
+    torch.testing.assert_close(start[:8].flatten(1).norm(dim=1), model[0].weight.detach().flatten(1).norm(dim=1))
+
+
+def train_some_steps(model, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 9, 9, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def test_collapse_keeps_the_function_and_the_fused_momentum():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = apbm_core.fuse(net, torch.zeros(1, 3, 9, 9), 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_some_steps(model, optimizer, 3, 0)
+    apbm_core.rescore(model, 0.3)
+    apbm_core.collapse(model, optimizer)
+    assert len(model[0].parametrizations.weight.original) == 8  # P still changes: nothing happens
+    apbm_core.rescore(model, 0.7)
+    leaf, fusion = model[0].parametrizations.weight.original, model[0].parametrizations.weight[0]
+    value, momentum = model[0].weight.detach().clone(), optimizer.state[leaf]["momentum_buffer"].clone()
+    expected = mix(fusion.matrix, momentum)
+    apbm_core.collapse(model, optimizer)
+    assert model[0].parametrizations.weight.original is leaf and leaf.shape == (4, 3, 3, 3)
+    assert torch.equal(model[0].weight, value)
+    assert torch.equal(optimizer.state[leaf]["momentum_buffer"], expected)
+
+    twin = apbm_core.compact(model)  # from here on it trains as the plain slim network would
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    names = dict(model.named_parameters())
+    for name, parameter in twin.named_parameters():
+        source = names.get(name, leaf)
+        plain.state[parameter]["momentum_buffer"] = optimizer.state[source]["momentum_buffer"].clone()
+    train_some_steps(model, optimizer, 3, 1)
+    train_some_steps(twin, plain, 3, 1)
+    torch.testing.assert_close(model[0].weight.detach(), twin[0].weight.detach())
+    assert not torch.equal(model[0].weight, value)
+
+
+def test_a_collapsed_network_can_be_loaded_into_a_fresh_one():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    fresh = apbm_core.fuse(net, torch.zeros(1, 3, 9, 9), 0.5)
+    model = copy.deepcopy(fresh)
+    apbm_core.rescore(model, 1.0)
+    apbm_core.collapse(model)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(fresh(x), model(x)) and torch.equal(apbm_core.compact(fresh)(x), model(x))
+    assert fresh[0].parametrizations.weight[0].is_collapsed

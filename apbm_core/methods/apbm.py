@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from apbm_core.errors import ConfigError
 from apbm_core.fusion import FusionReport, FusionSettings, collapse, fused_layers, rescore
 from apbm_core.hooks import Context, Hook
 from apbm_core.narrowing import choose_filters, layer_redundancy, narrow, stage_widths
@@ -121,7 +122,14 @@ def train_fused(task: Task, options: Options) -> nn.Module:
 def train_narrowing(task: Task) -> nn.Module:
     """Train from the dense network on, fusing filters into others until the target is met; one course in all."""
     options, epochs = task.options, task.config.epochs
-    wide_epochs = min(epochs - 1, max(options.stages, round(options.wide * epochs)))
+    wide_epochs = max(options.stages, round(options.wide * epochs))
+    if wide_epochs >= epochs:
+        raise ConfigError(
+            f"narrowing in {options.stages} stages (wide = {options.wide:g}) takes {wide_epochs} epochs, and one more "
+            f"has to be left for the slim network, but there are {epochs}. Make wide, stages or the epochs fit."
+        )
+    if options.widths == "entropy":
+        _spend_budget(task, [0.5] * len(task.widths))  # whether the target can be met does not depend on where
     model, target, done = task.build(), task.widths, 0
     dense = {name: model.get_submodule(name).out_channels for name in target}
     for stage in range(1, options.stages + 1):
@@ -140,9 +148,13 @@ def train_narrowing(task: Task) -> nn.Module:
 
 def _entropy_widths(task: Task, model: nn.Module) -> dict[str, int]:
     """The run's target, spent where the wide network's filters differ most."""
-    config, names = task.config, list(task.widths)
     tau, metric = task.options.budget_tau, task.options.settings.metric
-    redundancy = task.remember("redundancy", partial(layer_redundancy, model, names, tau, metric))
+    redundancy = task.remember("redundancy", partial(layer_redundancy, model, list(task.widths), tau, metric))
+    task.note("redundancy", dict(zip(task.widths, redundancy, strict=True)))
+    return _spend_budget(task, redundancy)
+
+
+def _spend_budget(task: Task, redundancy: list[float]) -> dict[str, int]:
+    config = task.config
     solution = entropy_budget_model_widths(config.model, task.num_classes, redundancy, config.target, config.by)
-    task.note("redundancy", dict(zip(names, redundancy, strict=True)))
-    return dict(zip(names, solution.widths, strict=True))
+    return dict(zip(task.widths, solution.widths, strict=True))

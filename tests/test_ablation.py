@@ -1,0 +1,79 @@
+"""The ablation's variants are what they say, and its table pairs what belongs together."""
+
+import math
+
+import pytest
+from scipy import stats
+
+from apbm_core import ablation
+from apbm_core.errors import ConfigError
+from apbm_core.methods.apbm import Options
+from apbm_core.records import RunRecord
+
+
+def test_every_variant_is_a_different_run_on_every_bed():
+    for bed in ablation.BEDS:
+        runs = ablation.configs(bed, ablation.VARIANTS, [10, 11])
+        assert len({run.id for run in runs.values()}) == 2 * len(ablation.VARIANTS)
+        assert all(run.split == "tuning" and run.seed not in (0, 1, 2) for run in runs.values())
+
+
+def test_base_spells_out_every_option():
+    """A new option must be added to BASE, or the recorded base would silently become another configuration."""
+    assert Options.model_validate(ablation.BASE).model_dump(mode="json") == ablation.BASE
+
+
+def test_a_variant_changes_only_what_it_names():
+    changed = ablation.configs("resnet20", ["tau-high"], [10])["tau-high", 10].options
+    base = ablation.configs("resnet20", ["base"], [10])["base", 10].options
+    assert changed["settings"]["schedule"] == base["settings"]["schedule"] | {"start": 1.5, "end": 3.0}
+    changed["settings"]["schedule"] = base["settings"]["schedule"]
+    assert changed == base
+
+
+def record(bed: str, name: str, seed: int, accuracy: float) -> RunRecord:
+    config = ablation.configs(bed, [name], [seed])[name, seed]
+    return RunRecord(
+        id=config.id,
+        config=config,
+        test_accuracy=None,
+        test_loss=None,
+        val_accuracy=accuracy,
+        parameters=25,
+        macs=30,
+        dense_parameters=100,
+        dense_macs=100,
+        widths={},
+        phases=[],
+        history=[],
+        environment={},
+        started="",
+        finished="",
+    )
+
+
+def test_the_table_pairs_seeds_with_the_reference():
+    accuracies = {
+        ("scratch", 10): 0.70,
+        ("scratch", 11): 0.74,
+        ("base", 10): 0.71,
+        ("base", 11): 0.72,
+        ("base", 12): 0.9,
+    }
+    records = {key: record("resnet20", *key, value) for key, value in accuracies.items()}
+    table = ablation.table(records).set_index("variant")
+    assert list(table.index) == ["scratch", "base"]
+    assert table.loc["base", "n"] == 3 and table.loc["base", "pairs"] == 2
+    assert table.loc["base", "difference"] == pytest.approx((1 - 2) / 2)
+    expected = stats.t.interval(0.95, 1, loc=-0.5, scale=stats.sem([1, -2]))
+    assert table.loc["base", "interval of difference"] == pytest.approx(expected[1] + 0.5)
+    assert table.loc["scratch", "difference"] == 0 and table.loc["base", "parameters removed"] == 75
+    alone = ablation.table({("base", 10): records["base", 10]}).set_index("variant")
+    assert math.isnan(alone.loc["base", "difference"]) and alone.loc["base", "pairs"] == 0
+
+
+def test_an_unknown_variant_or_bed_is_named(capsys):
+    with pytest.raises(ConfigError, match="no variant 'bas'; did you mean 'base'"):
+        ablation.configs("resnet20", ["bas"], [10])
+    assert ablation.main(["--bed", "resnet2"]) == 1
+    assert "no bed 'resnet2'" in capsys.readouterr().err
