@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from apbm_core.errors import ApbmError, ConfigError
-from apbm_core.records import PUBLISHED, RunConfig, RunRecord
+from apbm_core.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
 from apbm_core.study import Study, StudyParameters
 from apbm_core.summary import mean_and_interval
 from apbm_core.validation import closest
@@ -168,11 +168,15 @@ def run(folder: str | Path, bed: str, names: Sequence[str], seeds: Sequence[int]
     return Study(parameters, folder).run(list(wanted.values()))
 
 
-def recorded(folder: str | Path, bed: str, seeds: Iterable[int] = range(10, 40)) -> dict[tuple[str, int], RunRecord]:
-    """The records there are, by (variant, seed)."""
-    study = Study(StudyParameters.parse(BEDS[bed] | {"split": "tuning"}), folder, records_only=True)
-    found = {key: study.results.read(config) for key, config in configs(bed, VARIANTS, seeds).items()}
-    return {key: record for key, record in found.items() if record is not None}
+def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
+    """The records there are in ``folder``, by (variant, seed); those of other beds or of no variant are left out.
+
+    Raises:
+        RecordError: a record is damaged.
+    """
+    records = {record.id: record for record in ResultsFolder(folder).read_all()}
+    seeds = sorted({record.config.seed for record in records.values()})
+    return {key: records[config.id] for key, config in configs(bed, VARIANTS, seeds).items() if config.id in records}
 
 
 def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:

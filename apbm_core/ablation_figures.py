@@ -1,0 +1,117 @@
+"""The figures of 05_ablation: what each ingredient is worth, what it costs, and how much is fused when."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from apbm_core.ablation import VARIANTS
+from apbm_core.figures import COLOURS
+from apbm_core.records import RunRecord
+from apbm_core.summary import CONFIDENCE
+
+# Okabe and Ito's again; the references stay grey
+GROUP_COLOURS = {
+    "reference": "#444444",
+    "fusion": "#D55E00",
+    "mass": "#E69F00",
+    "tau": "#0072B2",
+    "score": "#CC79A7",
+    "bank": "#009E73",
+    "narrowing": "#56B4E9",
+    "widths": "#8C6D31",
+}
+Records = Mapping[tuple[str, int], RunRecord]
+
+
+def differences(table: pd.DataFrame, records: Records, reference: str = "scratch", title: str = "") -> Figure:
+    """One line a variant: its difference to the reference, paired by seed, with interval; small dots are the seeds.
+
+    Args:
+        table: of :func:`apbm_core.ablation.table`, for the same reference.
+        records: what it was made of.
+    """
+    rows = table[(table["variant"] != reference) & (table["pairs"] > 0)].iloc[::-1].reset_index(drop=True)
+    figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.27 * len(rows)))
+    axis.axvline(0, color=COLOURS["scratch"], lw=1.2)
+    for place, row in rows.iterrows():
+        colour = GROUP_COLOURS[row["ingredient"]]
+        seeds = [seed for name, seed in records if name == row["variant"] and (reference, seed) in records]
+        pairs = [
+            100 * (records[row["variant"], seed].val_accuracy - records[reference, seed].val_accuracy) for seed in seeds
+        ]
+        axis.plot(pairs, [place] * len(pairs), "o", color=colour, ms=3, alpha=0.45)
+        half = row["interval of difference"]
+        axis.errorbar(
+            row["difference"], place, xerr=None if pd.isna(half) else half, fmt="D", color=colour, ms=5, capsize=2
+        )
+    axis.set_yticks(range(len(rows)), [f"{row['what']}  (n={row['pairs']})" for _, row in rows.iterrows()])
+    for tick, (_, row) in zip(axis.get_yticklabels(), rows.iterrows(), strict=True):
+        tick.set_color(GROUP_COLOURS[row["ingredient"]])
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(
+        f"points of validation accuracy against {VARIANTS[reference].label}, paired by seed; {CONFIDENCE:.0%} interval"
+    )
+    axis.set_title(title or _finding(rows, reference), loc="left")
+    return figure
+
+
+def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
+    """Mean accuracy against training time, a mark a variant: what an ingredient gains beside what it takes."""
+    rows = table if names is None else table[table["variant"].isin(names)]
+    figure, axis = plt.subplots(figsize=(8.6, 4.6))
+    for group, part in rows.groupby("ingredient", sort=False):
+        axis.errorbar(
+            part["training seconds"] / 60,
+            part["accuracy"],
+            yerr=None if part["interval"].isna().any() else part["interval"],
+            fmt="o",
+            color=GROUP_COLOURS[group],
+            ms=6,
+            elinewidth=0.8,
+            alpha=0.9,
+            label=group,
+        )
+    for _, row in rows.iterrows():
+        axis.annotate(row["variant"], (row["training seconds"] / 60, row["accuracy"]), (5, 3),
+                      textcoords="offset points", fontsize=7)  # fmt: skip
+    axis.set_xlabel("training time of a run (minutes, mean over the seeds)")
+    axis.set_ylabel("validation accuracy (%)")
+    axis.legend(fontsize=8, title="ingredient", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def courses(records: Records, names: Sequence[str]) -> Figure:
+    """How much is fused when: own share, self-mass, entropy and churn by epoch, the mean over a variant's seeds."""
+    quantities = {
+        "own_share": "share of a kept filter\nin its fused one",
+        "self_mass": "self-mass of the bank's filters",
+        "entropy": "entropy of the similarity\ndistributions (nats)",
+        "churn": "kept filters replaced\nin the epoch (share)",
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.6))
+    for number, name in enumerate(names):
+        runs = [record for (variant, _), record in records.items() if variant == name]
+        rows = pd.DataFrame([row["fusion"] | {"epoch": row["epoch"] + 1} for run in runs for row in run.history])
+        if rows.empty:
+            continue
+        means = rows.groupby("epoch").mean()
+        for axis, quantity in zip(axes, quantities, strict=True):
+            style = {"color": plt.cm.tab10(number), "marker": "osD^vP*X"[number % 8], "ms": 5}
+            axis.plot(means.index, means[quantity], label=f"{VARIANTS[name].label} (n={len(runs)})", **style)
+    for axis, title in zip(axes, quantities.values(), strict=True):
+        axis.set_xlabel("epoch")
+        axis.set_title(title, loc="left", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _finding(rows: pd.DataFrame, reference: str) -> str:
+    """What the lines show: how many variants are clearly above the reference, and how many clearly below."""
+    clear = rows[rows["difference"].abs() > rows["interval of difference"]]
+    above, below = (clear[sign * clear["difference"] > 0] for sign in (1, -1))
+    best = rows.loc[rows["difference"].idxmax()] if len(rows) else None
+    sentence = f"Against {VARIANTS[reference].label}: {len(above)} clearly above, {len(below)} clearly below"
+    return sentence if best is None else f"{sentence}; best: {best['what']}, {best['difference']:+.2f}"
