@@ -90,8 +90,9 @@ def fusion_cost(settings: Settings) -> list[Table]:
             1.0,
             otherwise="Nothing is computed there that the plain network does not compute.",
         ),
-        f"With banks the whole step also has P W's gradient, as many multiply-accumulates again, and an optimizer that "
-        f"updates {count_parameters(mixing):,} parameters with the banks instead of {count_parameters(compact(mixing)):,}.",
+        f"With banks the whole step also has P W's gradient, as many multiply-accumulates again, and an optimizer with "
+        f"{count_parameters(mixing):,} parameters, the banks included, instead of "
+        f"{count_parameters(compact(mixing)):,}.",
     ]
     return [table]
 

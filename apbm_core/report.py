@@ -3,7 +3,7 @@
 Every table is written to ``results/<profile>/tables/<name>.csv`` as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,7 @@ _FORMATS = {
     "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}", "same class": "{:.2f}",
     "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
     "accuracy there": "{:.2f}", "accuracy here": "{:.2f}", "training seconds there": "{:.0f}",
-    "training seconds here": "{:.0f}",
+    "training seconds here": "{:.0f}", "interval of difference": "± {:.2f}",
 }  # fmt: skip
 _PERCENT = {"target", "same class", "accuracy", "accuracy there", "accuracy here", "parameters removed", "MACs removed"}
 
@@ -121,6 +121,28 @@ def deployment_table(study: Study, rows: Sequence[dict], name: str, caption: str
     return _shown(study, pd.DataFrame(rows), name).set_caption(caption)
 
 
+def ablation_table(table: pd.DataFrame, folder: Path, name: str) -> Styler:
+    """A table of :func:`apbm_core.ablation.table`, stored under ``folder`` as well."""
+    return _styled(table, folder, name)
+
+
+def ablation_provenance(records: Mapping[str, Mapping[tuple[str, int], RunRecord]]) -> pd.DataFrame:
+    """One row for each bed, source and machine: how many of its records were made there."""
+    rows = [
+        {
+            "bed": bed,
+            "commit": record.environment["commit"][:12],
+            "device": record.environment["device"],
+            "threads": record.environment["threads"],
+            "side by side": record.environment["side_by_side"],
+        }
+        for bed, found in records.items()
+        for record in found.values()
+    ]
+    columns = ["bed", "commit", "device", "threads", "side by side"]
+    return pd.DataFrame(rows, columns=columns).groupby(columns, sort=False).size().rename("runs").reset_index()
+
+
 def provenance_table(study: Study, records: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a run: its record, when, where and from which source it was made."""
     return pd.DataFrame(
@@ -140,10 +162,14 @@ def provenance_table(study: Study, records: Sequence[RunRecord]) -> pd.DataFrame
 
 
 def _shown(study: Study, table: pd.DataFrame, name: str) -> Styler:
+    return _styled(table, study.results.path, name)
+
+
+def _styled(table: pd.DataFrame, folder: Path, name: str) -> Styler:
     table = table.copy()
     if "method" in table:
         table["method"] = [label(method) for method in table["method"]]
-    write_atomically(study.results.path / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_atomically(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
     styler = table.style.format({key: value for key, value in _FORMATS.items() if key in table}, na_rep="")
     return (
         styler.hide(axis="index")
