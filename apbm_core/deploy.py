@@ -21,6 +21,7 @@ from apbm_core.counting import count_parameters
 from apbm_core.errors import CheckpointError, ConfigError, UnsupportedNetwork
 from apbm_core.files import write_atomically
 from apbm_core.fusion import fused_layers
+from apbm_core.methods import label
 from apbm_core.models import build_model, prunable_convs
 from apbm_core.networks import load_compact, save_compact
 from apbm_core.records import ResultsFolder, RunRecord
@@ -222,7 +223,7 @@ def verdict(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "ap
         return f"{least[dense] / least[compact]:.1f}"
 
     return (
-        f"Against {dense}, {compact}'s smallest file is {gain('kB')} times smaller and its fastest format "
+        f"Against {label(dense)}, {label(compact)}'s smallest file is {gain('kB')} times smaller and its fastest format "
         f"{gain('ms for 1')} times as fast for one image, {gain('ms for 64')} times for 64; {agree}."
     )
 

@@ -189,6 +189,9 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
     return figure
 
 
+_PLAIN_SELECTION = 0.999  # above this share of a kept filter in its fused one, nothing worth a name is mixed in
+
+
 def fusion_course(records: Sequence[RunRecord]) -> Figure:
     """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse."""
     history = history_frame([record for record in records if any("fusion" in row for row in record.history)])
@@ -206,7 +209,20 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
         axis.set_xlabel("epoch")
         axis.set_title(title, fontsize=10, loc="left")
     axes[0].legend(fontsize=8)
+    figure.suptitle(_fusion_finding(history), x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def _fusion_finding(history: pd.DataFrame) -> str:
+    """Until when each method mixes filters, and whether its selection ever changed."""
+    sentences = []
+    for method in _methods(history):
+        mean = history[history["method"] == method].groupby("epoch")[["fusion own_share", "fusion churn"]].mean()
+        mixing = mean.index[mean["fusion own_share"] < _PLAIN_SELECTION]
+        words = f"mixes filters until epoch {mixing.max()} of {mean.index.max()}" if len(mixing) else "mixes nothing"
+        replaced = 100 * mean["fusion churn"].sum()
+        sentences.append(f"{label(method)} {words} and replaces {replaced:.0f} % of the kept ones in all")
+    return "; ".join(sentences)
 
 
 def _curves(axis: Axes, part: pd.DataFrame, removed: str) -> None:
@@ -227,7 +243,7 @@ def _list_of_methods(axis: Axes, part: pd.DataFrame) -> None:
         axis.errorbar(
             row.accuracy,
             place,
-            xerr=0 if pd.isna(row.interval) else row.interval,
+            xerr=None if pd.isna(row.interval) else row.interval,
             marker=marker(row.method),
             color=colour(row.method),
             ms=9,
@@ -257,7 +273,7 @@ def _points(
     axis.errorbar(
         x,
         line["accuracy"],
-        yerr=line["interval"].fillna(0),
+        yerr=None if line["interval"].isna().all() else line["interval"].fillna(0),
         color=colour(method),
         capsize=3,
         marker="h" if method == "dense" else marker(method),

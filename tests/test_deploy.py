@@ -204,6 +204,6 @@ def test_the_verdict_compares_the_smallest_files_and_the_fastest_formats():
     assert deploy.verdict(rows) == "All formats agree with the network to 1e-07 of its largest logit."
     rows += [row("apbm", 400, 2.0, 50.0, 3e-6), row("apbm", 500, 3.0, 40.0, 0.0)]
     assert deploy.verdict(rows) == (
-        "Against dense, apbm's smallest file is 2.0 times smaller and its fastest format 2.0 times as fast for one "
+        "Against dense, APBM's smallest file is 2.0 times smaller and its fastest format 2.0 times as fast for one "
         "image, 1.5 times for 64; all formats agree with the network to 3e-06 of its largest logit."
     )
