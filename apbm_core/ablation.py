@@ -82,6 +82,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = "apbm"
+    filters: str = "uniform"  # the rule that divides the target among the layers
 
     def all_options(self) -> dict[str, Any]:
         """The method's options in full; none for a rival."""
@@ -154,7 +155,7 @@ def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[
     for seed in seeds:
         for name in names:
             variant, parameters = _known(name, VARIANTS, "variant"), _known(bed, BEDS, "bed")
-            values = {"methods": [variant.method], "seeds": [seed], "split": "tuning"}
+            values = {"methods": [variant.method], "seeds": [seed], "split": "tuning", "widths": variant.filters}
             if variant.options or variant.method == "apbm":
                 values["options"] = {"apbm": variant.all_options()}
             (found[name, seed],) = StudyParameters.parse(parameters | values).run_configs("cifar10")

@@ -223,8 +223,8 @@ def verdict(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "ap
         return f"{least[dense] / least[compact]:.1f}"
 
     return (
-        f"Against {label(dense)}, {label(compact)}'s smallest file is {gain('kB')} times smaller and its fastest format "
-        f"{gain('ms for 1')} times as fast for one image, {gain('ms for 64')} times for 64; {agree}."
+        f"Against {label(dense)}, {label(compact)}'s smallest file is {gain('kB')} times smaller and its fastest "
+        f"format {gain('ms for 1')} times as fast for one image, {gain('ms for 64')} times for 64; {agree}."
     )
 
 

@@ -32,7 +32,7 @@ class RunConfig(BaseModel):
     dataset: str
     target: float = Field(ge=0, lt=1, description="share of the parameters (or MACs) to remove; 0 is the dense network")
     by: Literal["params", "macs"] = "params"
-    widths: str = Field("uniform", description="'uniform' keep ratio, or the name of a published vector")
+    widths: str = Field("uniform", description="'uniform' keep ratio, 'balanced', or a published vector's name")
     epochs: int = Field(ge=1, description="all epochs of the run, a shared pre-training counted")
     schedule: Literal["equal", "published", "equal-time"] = "equal"
     recipe: Recipe

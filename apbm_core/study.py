@@ -25,7 +25,7 @@ from apbm_core.recipes import Recipe, get_recipe
 from apbm_core.records import OWN, ResultsFolder, RunConfig, RunRecord
 from apbm_core.runs import execute
 from apbm_core.validation import closest, validated
-from apbm_core.widths import PUBLISHED_WIDTHS, check_published_target, solve_model_widths
+from apbm_core.widths import PUBLISHED_WIDTHS, SOLVERS, check_published_target, solve_model_widths
 from apbm_core.workers import plan_workers, run_side_by_side
 
 RECORDS_ONLY = "APBM_RECORDS_ONLY"
@@ -45,7 +45,7 @@ class StudyParameters(BaseModel):
         {"resnet20": [0.5]}, description="for each network the shares to remove, each above 0 and below 1"
     )
     by: Literal["params", "macs"] = Field("params", description="what the targets are shares of")
-    widths: str = Field("uniform", description="'uniform' keep ratio, or the name of a published vector")
+    widths: str = Field("uniform", description="'uniform' keep ratio, 'balanced', or a published vector's name")
     epochs: int = Field(3, ge=1, le=100_000, description="total epochs of every run, pre-training counted")
     schedules: list[Literal["equal", "published", "equal-time"]] = Field(
         ["equal"], min_length=1, description="equal epochs for all; each method's published course; equal time"
@@ -121,12 +121,12 @@ class StudyParameters(BaseModel):
         missing = [model for model in self.models if not self.targets.get(model)]
         if missing and set(self.methods) != {"dense"}:
             raise ValueError(f"no target is given for {missing[0]}; set targets = {{{missing[0]!r}: [0.5]}}.")
-        if self.widths != "uniform" and self.widths not in PUBLISHED_WIDTHS:
+        known = [*SOLVERS, *PUBLISHED_WIDTHS]
+        if self.widths not in known:
             raise ValueError(
-                f"there are no widths {self.widths!r}{closest(self.widths, PUBLISHED_WIDTHS)} Allowed: uniform, "
-                f"{', '.join(PUBLISHED_WIDTHS)}."
+                f"there are no widths {self.widths!r}{closest(self.widths, known)} Allowed: {', '.join(known)}."
             )
-        for model in self.models if self.widths != "uniform" else ():
+        for model in self.models if self.widths not in SOLVERS else ():
             if len(self.targets.get(model, [])) > 1:
                 raise ValueError(
                     f"the widths {self.widths!r} are one network, so give one target for {model}, not "
@@ -181,8 +181,8 @@ class StudyParameters(BaseModel):
 
     def _check_target(self, model: str, dataset: str, share: float) -> None:
         num_classes = 100 if dataset == "cifar100" else 10
-        if share and self.widths == "uniform":
-            solve_model_widths(model, num_classes, share, self.by)
+        if share and self.widths in SOLVERS:
+            solve_model_widths(model, num_classes, share, self.by, self.widths)
         elif share:
             check_published_target(self.widths, model, num_classes, share, self.by)
 

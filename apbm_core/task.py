@@ -26,7 +26,7 @@ from apbm_core.recipes import Recipe
 from apbm_core.records import PhaseRecord, ResultsFolder, RunConfig, canonical_json
 from apbm_core.training import TrainingResult, train
 from apbm_core.validation import validated
-from apbm_core.widths import PUBLISHED_WIDTHS, solve_model_widths
+from apbm_core.widths import PUBLISHED_WIDTHS, SOLVERS, solve_model_widths
 
 Progress = Callable[[str, Context], None]
 
@@ -68,8 +68,8 @@ class Task:
         names, config = prunable_convs(self.model_name), self.config
         if config.target == 0:
             return dict(zip(names, dense_widths(self.model_name), strict=True))
-        if config.widths == "uniform":
-            solution = solve_model_widths(self.model_name, self.num_classes, config.target, config.by)
+        if config.widths in SOLVERS:
+            solution = solve_model_widths(self.model_name, self.num_classes, config.target, config.by, config.widths)
             return dict(zip(names, solution.widths, strict=True))
         return dict(zip(names, PUBLISHED_WIDTHS[config.widths].widths, strict=True))
 

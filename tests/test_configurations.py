@@ -22,6 +22,7 @@ from apbm_core.runs import execute
 from apbm_core.schedules import AnnealedTau, DcffTemperature
 from apbm_core.study import StudyParameters
 from apbm_core.validation import validated
+from apbm_core.widths import SOLVERS
 
 FIELDS = tuple(StudyParameters.model_fields)
 NAN, INFINITY = float("nan"), float("inf")
@@ -76,7 +77,7 @@ LIKELY = {
     "methods": several(st.sampled_from([*NAMES, "abpm", "own.py"])),
     "targets": st.dictionaries(st.sampled_from([*MODELS, "resnet21"]), several(shares), max_size=2),
     "by": st.sampled_from(["params", "macs", "flops"]),
-    "widths": st.sampled_from(["uniform", *PUBLISHED_WIDTHS, "dcff"]),
+    "widths": st.sampled_from([*SOLVERS, *PUBLISHED_WIDTHS, "dcff"]),
     "epochs": st.integers(-1, 4) | numbers,
     "schedules": several(st.sampled_from(["equal", "published", "equal-time", "same"])),
     "seeds": several(st.integers(-1, 3) | numbers),

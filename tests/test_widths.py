@@ -13,6 +13,7 @@ from apbm_core.counting import count_macs, count_parameters, size_function
 from apbm_core.errors import ConfigError
 from apbm_core.models import build_model, dense_widths
 from apbm_core.widths import (
+    balanced_widths,
     entropy_budget_widths,
     parse_keep,
     solve_model_widths,
@@ -214,3 +215,35 @@ def test_impossible_problems_are_named(changes, words):
 def test_impossible_redundancies_are_named(redundancy):
     with pytest.raises(ConfigError, match="redundanc"):
         entropy_budget_widths([8, 8], redundancy, chain, 0.5)
+
+
+def test_balanced_widths_have_nearly_the_largest_harmonic_mean_that_fits():
+    dense, removed = (6, 8, 10), 0.6
+
+    def count(w):
+        return 3 * w[0] + w[0] * w[1] + w[1] * w[2] + 10 * w[2]
+
+    def loss(w):
+        return sum(1 / k for k in w)
+
+    budget = (1 - removed) * count(dense)
+    best = min(loss(w) for w in itertools.product(*(range(1, n + 1) for n in dense)) if count(w) <= budget)
+    found = balanced_widths(dense, count, removed, tolerance=0.02)
+    assert found.within_tolerance and best <= loss(found.widths) * 1.001 and loss(found.widths) < 1.05 * best
+
+
+@pytest.mark.parametrize(("name", "target"), [("vgg16", 0.9274), ("resnet56", 0.4884)])
+def test_balanced_widths_keep_the_cheap_early_filters(name, target):
+    solution = solve_model_widths(name, 10, target, rule="balanced")
+    assert solution.within_tolerance and solution.removed == pytest.approx(target, abs=0.0005)
+    uniform = solve_model_widths(name, 10, target).widths
+    n = len(uniform) // 3
+    assert solution.widths[:2] == dense_widths(name)[:2]
+    assert sum(solution.widths[:n]) > sum(uniform[:n]) and sum(solution.widths[-n:]) < sum(uniform[-n:])
+    sums = [sum(1 / k for k in widths) for widths in (solution.widths, uniform)]
+    assert sums[0] < sums[1]
+
+
+def test_balanced_widths_refuse_what_cannot_be_reached():
+    with pytest.raises(ConfigError, match="Cannot remove"):
+        balanced_widths((4, 4), chain, 0.99, minimum=2)
