@@ -40,6 +40,8 @@ class DataSplit:
     Attributes:
         train: training images.
         val: held-out training images for every choice that a run makes; ``None`` in a final run, which makes none.
+        judge: the images that a tuning run is judged by at its end: ``val``, and all training images that a
+            ``train_subset`` left out, for more of them tell smaller differences apart; ``None`` in a final run.
         test: test images, for the one evaluation at the end.
         mean: channel means of the data set's training images on the scale 0..1.
         std: channel standard deviations of the same.
@@ -52,6 +54,7 @@ class DataSplit:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_classes: int
+    judge: Images | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,34 +110,49 @@ class ImageDataset:
             raise ConfigError(f"the split kind is {kind!r}; it must be one of {', '.join(get_args(SplitKind))}.")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ConfigError(f"the split's seed is {seed!r}; it must be an integer.")
-        train = self._subset("train_subset", Images(self.train_images, self.train_labels), train_subset, seed)
-        test = self._subset("test_subset", Images(self.test_images, self.test_labels), test_subset, seed)
-        val = None
+        everything = Images(self.train_images, self.train_labels)
+        chosen = self._subset("train_subset", everything, train_subset, seed)
+        train = everything if chosen is None else everything.select(chosen)
+        test = Images(self.test_images, self.test_labels)
+        if (few := self._subset("test_subset", test, test_subset, seed)) is not None:
+            test = test.select(few)
+        val = judge = None
         if kind == "tuning":
             train, val = self._hold_out(train, seed)
-        return DataSplit(train, val, test, self.mean, self.std, self.num_classes)
+            judge = val if chosen is None else _joined(val, everything.select(_complement(chosen, len(everything))))
+        return DataSplit(train, val, test, self.mean, self.std, self.num_classes, judge)
 
-    def _subset(self, parameter: str, images: Images, count: int | None, seed: int) -> Images:
+    def _subset(self, parameter: str, images: Images, count: int | None, seed: int) -> Tensor | None:
+        """Indices of ``count`` of the images, ascending; None for all of them."""
         if count is None:
-            return images
+            return None
         if not isinstance(count, int) or isinstance(count, bool) or not self.num_classes <= count <= len(images):
             raise ConfigError(
                 f"{parameter} is {count!r}; it must be a number of images from {self.num_classes} (one for each "
                 f"class) to {len(images)} (all that {self.name} has), or None."
             )
-        return images.select(stratified_sample(images.labels, count, generator_for(_PURPOSES[parameter], seed)))
+        return stratified_sample(images.labels, count, generator_for(_PURPOSES[parameter], seed))
 
     def _hold_out(self, images: Images, seed: int) -> tuple[Images, Images]:
         held_out = stratified_sample(images.labels, (len(images) + 5) // 10, generator_for("hold out", seed))
-        remains = torch.ones(len(images), dtype=torch.bool)
-        remains[held_out] = False
-        train, val = images.select(remains.nonzero()[:, 0]), images.select(held_out)
+        train, val = images.select(_complement(held_out, len(images))), images.select(held_out)
         if len(val) == 0 or len(train.labels.unique()) < len(images.labels.unique()):
             raise ConfigError(
                 f"{len(images)} training images of {self.num_classes} classes are too few to hold 10 % out and keep "
                 f"every class; use at least {10 * self.num_classes}, or the split kind 'final'."
             )
         return train, val
+
+
+def _complement(indices: Tensor, count: int) -> Tensor:
+    """The indices below ``count`` that are not among ``indices``, ascending."""
+    remains = torch.ones(count, dtype=torch.bool)
+    remains[indices] = False
+    return remains.nonzero()[:, 0]
+
+
+def _joined(first: Images, second: Images) -> Images:
+    return Images(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
 
 
 def known_side(name: str) -> int | None:

@@ -79,7 +79,7 @@ class RunRecord(BaseModel):
     config: RunConfig
     test_accuracy: float | None = Field(ge=0, le=1, description="evaluated once, at the end; None when tuning")
     test_loss: float | None
-    val_accuracy: float | None = Field(None, description="on the held-out part of the training images, when tuning")
+    val_accuracy: float | None = Field(None, description="on all held-out training images, when tuning")
     parameters: int
     macs: int
     dense_parameters: int

@@ -70,7 +70,7 @@ def _carry_out(
     def measure(images):
         return images and evaluate(model, images, split.mean, split.std, device=device, **precision)
 
-    val, test = measure(split.val), measure(split.test if config.split == "final" else None)
+    val, test = measure(split.judge), measure(split.test if config.split == "final" else None)
     dense = _dense(config.model, split.num_classes)
     height_width = split.train.images.shape[1:3]
     model = model.cpu()

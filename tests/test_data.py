@@ -477,3 +477,16 @@ def test_the_real_cifar10(tmp_path):
     split = dataset.split("tuning")
     assert (len(split.train), len(split.val), len(split.test)) == (45_000, 5_000, 10_000)
     assert torch.bincount(split.val.labels).tolist() == [500] * 10
+
+
+def test_a_tuning_run_is_judged_by_all_that_it_did_not_train_on():
+    data = load_dataset("digits")
+    split = data.split("tuning", seed=3, train_subset=400)
+    total = len(data.train_images)
+    assert len(split.train) == 360 and len(split.val) == 40 and len(split.judge) == total - 360
+    assert torch.equal(split.judge.images[:40], split.val.images)
+    seen = torch.cat([split.train.images, split.judge.images]).flatten(1)
+    everything = data.train_images.flatten(1)
+    assert torch.equal(seen.double().sum(0), everything.double().sum(0))  # every training image once, no test image
+    whole = data.split("tuning", seed=3)
+    assert whole.judge is whole.val and data.split("final", seed=3, train_subset=400).judge is None
