@@ -138,6 +138,8 @@ _ALL = (
     Variant("wide-2", "narrowing", "2 epochs wide, then merged", options={"wide": 2 * _SIXTH}),
     Variant("wide-2-stages", "narrowing", "2 stages in 2 epochs", options={"wide": 2 * _SIXTH, "stages": 2}),
     Variant("wide-3-stages", "narrowing", "3 stages in 3 epochs", options={"wide": 3 * _SIXTH, "stages": 3}),
+    Variant("scratch-balanced", "widths", "slim from scratch, balanced widths", method="scratch", filters="balanced"),
+    Variant("base-balanced", "widths", "base, balanced widths", filters="balanced"),
     Variant("wide-1-budget", "widths", "1 epoch wide, entropy widths", options={"wide": _SIXTH, "widths": "entropy"}),
     Variant(
         "wide-2-stages-budget",
