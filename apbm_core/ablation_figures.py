@@ -52,9 +52,9 @@ def differences(table: pd.DataFrame, records: Records, reference: str = "scratch
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(
-        f"points of validation accuracy against {VARIANTS[reference].label}, paired by seed; {CONFIDENCE:.0%} interval"
+        f"points of held-out accuracy against {VARIANTS[reference].label}, paired by seed; {CONFIDENCE:.0%} interval"
     )
-    axis.set_title(title or _finding(rows, reference), loc="left")
+    figure.suptitle(title or _finding(rows, reference), x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -78,7 +78,7 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
         axis.annotate(row["variant"], (row["training seconds"] / 60, row["accuracy"]), (5, 3),
                       textcoords="offset points", fontsize=7)  # fmt: skip
     axis.set_xlabel("training time of a run (minutes, mean over the seeds)")
-    axis.set_ylabel("validation accuracy (%)")
+    axis.set_ylabel("held-out accuracy (%)")
     axis.legend(fontsize=8, title="ingredient", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
