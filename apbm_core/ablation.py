@@ -108,6 +108,12 @@ _ALL = (
     Variant("dcff", "reference", "DCFF's schedule", method="dcff"),
     Variant("base", "reference", "base: tau 1 to 2, all mass, rescaled"),
     Variant("no-fusion", "fusion", "nothing mixed in: the KL score selects", {"fuse": False}),
+    Variant(
+        "slice",
+        "fusion",
+        "no fusion, no score: a slice of the dense initialisation",
+        {"fuse": False, "score": "order", "reselect": False},
+    ),
     Variant("no-reselection", "fusion", "the first selection stays", {"reselect": False}),
     Variant("shuffled-slots", "fusion", "slots not stable", {"stable_slots": False}),
     Variant("no-rescale", "fusion", "not rescaled", {"rescale": False}),
