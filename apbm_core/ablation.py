@@ -20,13 +20,14 @@ import pandas as pd
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
 from apbm_core.study import Study, StudyParameters
-from apbm_core.summary import mean_and_interval
+from apbm_core.summary import mean_and_interval, verdict
 from apbm_core.validation import closest
 
 FOLDER = "ablation"
 """Beside the profiles' folders: ``results/ablation``."""
 
 SEEDS = (10, 11, 12)
+_PAIRS_FOR_A_VERDICT = 3
 
 _SMALL = {"models": ["resnet20"], "targets": {"resnet20": [0.75]}, "epochs": 6}
 # Arithmetic is fixed, so that machines differ in rounding alone.
@@ -157,6 +158,31 @@ _ALL = (
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
 
+INGREDIENTS: tuple[tuple[str, str, str], ...] = (
+    ("starting as a slice of the dense network", "slice", "scratch"),
+    ("scoring the filters, instead of the first m", "no-fusion", "slice"),
+    ("mixing the others in", "base", "no-fusion"),
+    ("choosing anew as training goes on", "base", "no-reselection"),
+    ("relative entropy as the score, instead of the first m", "base", "score-order"),
+    ("relative entropy, instead of L1", "base", "score-l1"),
+    ("annealing tau, instead of a constant one", "base", "tau-constant"),
+    ("freezing P", "base", "tau-long"),
+    ("rescaling to the kept filters' norm", "base", "no-rescale"),
+    ("stable slots", "base", "shuffled-slots"),
+    ("training P", "learned-mixing", "base"),
+    ("learned gains", "gain", "base"),
+    ("a bank twice the layer", "bank-2", "base"),
+    ("dropping the banks once P is frozen", "collapse", "base"),
+    ("starting wide, for one epoch", "wide-1", "slice"),
+    ("merging what goes, instead of cutting it", "wide-1", "wide-1-cut"),
+    ("balanced widths, with fusion", "base-balanced", "base"),
+    ("balanced widths, from scratch", "scratch-balanced", "scratch"),
+    ("all of it: APBM against slim from scratch", "base", "scratch"),
+    ("all of it, at balanced widths", "base-balanced", "scratch-balanced"),
+)
+"""Each ingredient as a pair of variants that differ by it: (what, with it, without it)."""
+
+
 def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[str, int], RunConfig]:
     """The runs of some variants, by (variant, seed), seed by seed.
 
@@ -227,6 +253,34 @@ def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratc
             }
         )
     return pd.DataFrame(rows)
+
+
+def ingredients(records: Mapping[tuple[str, int], RunRecord]) -> pd.DataFrame:
+    """What each ingredient is worth: accuracy with it minus without it, in points, paired by seed.
+
+    Pairs of which nothing is recorded are left out. Intervals as in :func:`table`; a verdict needs three pairs.
+    """
+    rows = []
+    for what, on, off in INGREDIENTS:
+        seeds = sorted(seed for name, seed in records if name == on and (off, seed) in records)
+        if not seeds:
+            continue
+        pairs = [100 * (records[on, seed].val_accuracy - records[off, seed].val_accuracy) for seed in seeds]
+        mean, half = mean_and_interval(pairs)
+        rows.append(
+            {
+                "ingredient": what,
+                "with": on,
+                "without": off,
+                "difference": mean,
+                "interval of difference": half,
+                "pairs": len(pairs),
+                "each": pairs,
+                "verdict": verdict(mean, half, len(pairs)) if len(pairs) >= _PAIRS_FOR_A_VERDICT else "too few pairs",
+            }
+        )
+    columns = ["ingredient", "with", "without", "difference", "interval of difference", "pairs", "each", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _known(name: str, known: Mapping[str, Any], what: str) -> Any:

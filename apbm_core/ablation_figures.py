@@ -1,5 +1,6 @@
 """The figures of 05_ablation: what each ingredient is worth, what it costs, and how much is fused when."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,7 @@ GROUP_COLOURS = {
     "narrowing": "#56B4E9",
     "widths": "#8C6D31",
 }
+VERDICT_COLOURS = {"above": "#009E73", "below": "#D55E00"}
 Records = Mapping[tuple[str, int], RunRecord]
 
 
@@ -55,6 +57,32 @@ def differences(table: pd.DataFrame, records: Records, reference: str = "scratch
         f"points of held-out accuracy against {VARIANTS[reference].label}, paired by seed; {CONFIDENCE:.0%} interval"
     )
     figure.suptitle(title or _finding(rows, reference), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def on_and_off(table: pd.DataFrame) -> Figure:
+    """One line an ingredient: accuracy with it minus without it, with interval; small dots are the seeds.
+
+    Args:
+        table: of :func:`apbm_core.ablation.ingredients`.
+    """
+    rows = table.iloc[::-1].reset_index(drop=True)
+    figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.3 * len(rows)))
+    axis.axvline(0, color=COLOURS["scratch"], lw=1.2)
+    for place, row in rows.iterrows():
+        colour = VERDICT_COLOURS.get(row["verdict"], "#999999")
+        axis.plot(row["each"], [place] * row["pairs"], "o", color=colour, ms=3, alpha=0.45)
+        half = row["interval of difference"]
+        axis.errorbar(
+            row["difference"], place, xerr=None if pd.isna(half) else half, fmt="D", color=colour, ms=5, capsize=2
+        )
+    axis.set_yticks(range(len(rows)), [f"{row['ingredient']}  (n={row['pairs']})" for _, row in rows.iterrows()])
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(f"points of held-out accuracy, with it minus without it, paired by seed; {CONFIDENCE:.0%} interval")
+    helps, hurts = (list(table[table["verdict"] == word]["ingredient"]) for word in ("above", "below"))
+    sentence = f"Shown to help: {'; '.join(helps) or 'nothing'}. To hurt: {'; '.join(hurts) or 'nothing'}."
+    figure.suptitle(textwrap.fill(sentence, 110), x=0.01, ha="left", fontsize=11)
     return figure
 
 

@@ -122,8 +122,8 @@ def deployment_table(study: Study, rows: Sequence[dict], name: str, caption: str
 
 
 def ablation_table(table: pd.DataFrame, folder: Path, name: str) -> Styler:
-    """A table of :func:`apbm_core.ablation.table`, stored under ``folder`` as well."""
-    return _styled(table, folder, name)
+    """A table of :func:`apbm_core.ablation.table` or ``ingredients``, stored under ``folder`` as well."""
+    return _styled(table.drop(columns="each", errors="ignore"), folder, name)
 
 
 def ablation_provenance(records: Mapping[str, Mapping[tuple[str, int], RunRecord]]) -> pd.DataFrame:

@@ -77,3 +77,19 @@ def test_an_unknown_variant_or_bed_is_named(capsys):
         ablation.configs("resnet20", ["bas"], [10])
     assert ablation.main(["--bed", "resnet2"]) == 1
     assert "no bed 'resnet2'" in capsys.readouterr().err
+
+
+def test_ingredients_are_pairs_of_variants_and_differ_in_what_they_name():
+    for _, on, off in ablation.INGREDIENTS:
+        with_it, without = ablation.configs("resnet20", [on, off], [10]).values()
+        assert with_it.id != without.id
+    accuracies = {("base", 10): 0.71, ("base", 11): 0.72, ("base", 12): 0.73, ("base", 13): 0.9}
+    accuracies |= {("no-fusion", 10): 0.70, ("no-fusion", 11): 0.70, ("no-fusion", 12): 0.70, ("slice", 10): 0.6}
+    table = ablation.ingredients({key: record("resnet20", *key, value) for key, value in accuracies.items()})
+    table = table.set_index(["with", "without"])
+    fusion = table.loc["base", "no-fusion"]
+    assert fusion["each"] == pytest.approx([1, 2, 3]) and fusion["pairs"] == 3
+    assert fusion["interval of difference"] == pytest.approx(stats.t.ppf(0.975, 2) * 1 / math.sqrt(3))
+    assert fusion["verdict"] == "no difference shown"  # 2 +- 2.48
+    assert table.loc["no-fusion", "slice"]["verdict"] == "too few pairs"
+    assert len(table) == 2
