@@ -55,11 +55,14 @@ STYLE = {
 
 def colour(method: str) -> str:
     """A method's colour, the same in every figure; the user's own methods get those that are left."""
+    method = method.partition("@")[0]  # with other widths it is still the same method
     return COLOURS.get(method) or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
 
 
 def marker(method: str) -> str:
-    """A method's mark, likewise."""
+    """A method's mark, likewise; with other widths than the others' a cross of its own."""
+    if "@" in method:
+        return "H" if method.startswith("apbm@") else "x"
     return MARKERS.get(method) or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
 
 
@@ -269,7 +272,7 @@ def _methods(table: pd.DataFrame) -> list[str]:
 def _points(
     axis: Axes, x: pd.Series, line: pd.DataFrame, method: str, joined: bool = True, hollow: bool = False
 ) -> None:
-    emphasis = method == "apbm"
+    emphasis = method.partition("@")[0] == "apbm"
     axis.errorbar(
         x,
         line["accuracy"],

@@ -4,6 +4,7 @@ study = Study.of(dataset="digits", models=["resnet20"], methods=["apbm", "scratc
 records = study.run()
 """
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,9 @@ class StudyParameters(BaseModel):
     )
     by: Literal["params", "macs"] = Field("params", description="what the targets are shares of")
     widths: str = Field("uniform", description="'uniform' keep ratio, 'balanced', or a published vector's name")
+    own_widths: dict[str, str] = Field(
+        default_factory=dict, description="methods that run with a rule of their own, too: {'apbm': 'balanced'}"
+    )
     epochs: int = Field(3, ge=1, le=100_000, description="total epochs of every run, pre-training counted")
     schedules: list[Literal["equal", "published", "equal-time"]] = Field(
         ["equal"], min_length=1, description="equal epochs for all; each method's published course; equal time"
@@ -126,6 +130,18 @@ class StudyParameters(BaseModel):
             raise ValueError(
                 f"there are no widths {self.widths!r}{closest(self.widths, known)} Allowed: {', '.join(known)}."
             )
+        for name, rule in self.own_widths.items():
+            if name not in self.methods or get_method(name).starts_from == "sparse" or name == "dense":
+                able = [m for m in self.methods if get_method(m).starts_from != "sparse" and m != "dense"]
+                raise ValueError(
+                    f"own_widths names {name!r}{closest(name, able)} Allowed: {', '.join(able) or 'none'}, the methods "
+                    "of this study that are given their widths."
+                )
+            if rule not in SOLVERS or rule == self.widths:
+                raise ValueError(
+                    f"own_widths gives {name} the rule {rule!r}{closest(rule, SOLVERS)} Allowed: "
+                    f"{', '.join(other for other in SOLVERS if other != self.widths)}."
+                )
         for model in self.models if self.widths not in SOLVERS else ():
             if len(self.targets.get(model, [])) > 1:
                 raise ValueError(
@@ -146,8 +162,9 @@ class StudyParameters(BaseModel):
                     for schedule in self.schedules:
                         if schedule == "equal-time" or schedule not in method.schedules:
                             continue
-                        for share in shares:
-                            self._check_target(model, dataset, share)
+                        rules = [self.widths, *([own] if (own := self.own_widths.get(method.name)) else [])]
+                        for share, rule in itertools.product(shares, rules):
+                            self._check_target(model, dataset, share, rule)
                             configs.append(
                                 RunConfig(
                                     method=method.name,
@@ -155,7 +172,7 @@ class StudyParameters(BaseModel):
                                     dataset=dataset,
                                     target=share,
                                     by=self.by,
-                                    widths=self.widths,
+                                    widths=rule,
                                     epochs=self.epochs,
                                     schedule=schedule,
                                     recipe=recipe,
@@ -179,12 +196,12 @@ class StudyParameters(BaseModel):
         for model in self.models if side or recipe.crop else ():
             check_training_side(model, side or recipe.crop)
 
-    def _check_target(self, model: str, dataset: str, share: float) -> None:
+    def _check_target(self, model: str, dataset: str, share: float, rule: str) -> None:
         num_classes = 100 if dataset == "cifar100" else 10
-        if share and self.widths in SOLVERS:
-            solve_model_widths(model, num_classes, share, self.by, self.widths)
+        if share and rule in SOLVERS:
+            solve_model_widths(model, num_classes, share, self.by, rule)
         elif share:
-            check_published_target(self.widths, model, num_classes, share, self.by)
+            check_published_target(rule, model, num_classes, share, self.by)
 
 
 class Study:
@@ -276,11 +293,16 @@ class Study:
         if "equal-time" not in self.parameters.schedules:
             return []
         records = self.records(self.configs())
-        found = {(r.config.method, r.config.model, r.config.target, r.config.seed): r for r in records}
+        shared = self.parameters.widths
+        references = {
+            (r.config.model, r.config.target, r.config.seed): r
+            for r in records
+            if (r.config.method, r.config.widths) == ("l1", shared)
+        }
         configs = []
-        for (method, model, target, seed), record in found.items():
-            reference = found.get(("l1", model, target, seed))
-            if reference is not None and "equal-time" in get_method(method).schedules:
+        for record in records:
+            reference = references.get((record.config.model, record.config.target, record.config.seed))
+            if reference is not None and "equal-time" in get_method(record.config.method).schedules:
                 epochs = max(1, int(reference.seconds / (record.seconds / record.config.epochs)))
                 configs.append(record.config.model_copy(update={"schedule": "equal-time", "epochs": epochs}))
         return configs

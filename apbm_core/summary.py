@@ -1,6 +1,7 @@
 """Records as tables: one row a run, means with confidence intervals, and APBM against each rival."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,17 @@ _RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "side by side",
 _MEANS = ["epochs", "drop", *_COSTS]
 
 
+def series(records: Sequence[RunRecord]) -> list[str]:
+    """What each record is a point of: its method, and ``method@rule`` where its layers' widths follow another rule than
+    most of the records'."""
+    rules = Counter(record.config.widths for record in records if record.config.method != "dense")
+    shared = max(rules, key=lambda rule: (rules[rule], rule == "uniform"), default="uniform")
+    return [
+        config.method if config.widths == shared or config.target == 0 else f"{config.method}@{config.widths}"
+        for config in (record.config for record in records)
+    ]
+
+
 def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds.
 
@@ -26,14 +38,14 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     The accuracy is the test set's, or the validation images' for a tuning run.
     """
     rows = []
-    for record in records:
+    for record, method in zip(records, series(records), strict=True):
         config = record.config
         accuracy = record.test_accuracy if record.test_accuracy is not None else record.val_accuracy
         rows.append(
             {
                 "model": config.model,
                 "dataset": config.dataset,
-                "method": config.method,
+                "method": method,
                 "schedule": config.schedule,
                 "target": 100 * config.target,
                 "seed": config.seed,
@@ -124,7 +136,7 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
         [
             {
                 "model": record.config.model,
-                "method": record.config.method,
+                "method": method,
                 "target": 100 * record.config.target,
                 "schedule": record.config.schedule,
                 "seed": record.config.seed,
@@ -134,7 +146,7 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "images/s": phase.images_per_second,
                 "shared": phase.shared,
             }
-            for record in records
+            for record, method in zip(records, series(records), strict=True)
             for phase in record.phases
         ]
     )
@@ -143,7 +155,7 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """One row for each epoch of each run, counted over all its phases from 1."""
     rows = []
-    for record in records:
+    for record, method in zip(records, series(records), strict=True):
         for count, row in enumerate(record.history, start=1):
             fusion = {f"fusion {name}": value for name, value in row.get("fusion", {}).items()}
             plain = {name: value for name, value in row.items() if not isinstance(value, dict)}
@@ -151,7 +163,7 @@ def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
             rows.append(
                 {
                     "model": config.model,
-                    "method": config.method,
+                    "method": method,
                     "target": 100 * config.target,
                     "schedule": config.schedule,
                     "seed": config.seed,

@@ -14,7 +14,7 @@ from apbm_core import report
 from apbm_core.counting import count_macs
 from apbm_core.device import autocast
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
-from apbm_core.methods import NAMES, get_method
+from apbm_core.methods import NAMES, get_method, label
 from apbm_core.models import build_model
 from apbm_core.networks import load_compact
 from apbm_core.published import PUBLISHED_WIDTHS
@@ -351,3 +351,36 @@ def test_dense_counts_come_from_the_models(finished):
     _, records = finished
     dense = build_model("resnet20", 10)
     assert {r.dense_parameters for r in records} == {sum(p.numel() for p in dense.parameters())}
+
+
+def test_a_method_with_widths_of_its_own_is_a_series_of_its_own(finished, tmp_path):
+    _, records = finished
+    study = tiny(tmp_path, methods=["apbm", "scratch", "l1"], own_widths={"apbm": "balanced", "l1": "balanced"})
+    configs = study.configs()
+    assert [(c.method, c.widths) for c in configs] == [
+        ("apbm", "uniform"), ("apbm", "balanced"), ("scratch", "uniform"), ("l1", "uniform"), ("l1", "balanced"),
+    ]  # fmt: skip
+    assert len({c.id for c in configs}) == 5 and configs[0].id in {r.id for r in records}
+    shared = [r for r in records if r.config.method in ("apbm", "scratch", "dense")]
+    own = shared[1].model_copy(update={"config": configs[1], "test_accuracy": 0.5})
+    frame = runs_frame([*shared, own])
+    assert list(frame["method"].cat.categories) == ["dense", "apbm", "apbm@balanced", "scratch"]
+    assert frame.set_index("method").loc["apbm@balanced", "accuracy"] == 50
+    assert label("apbm@balanced") == "APBM, balanced widths"
+    rivals = against_rivals(frame)
+    assert list(rivals["rival"]) == ["APBM, balanced widths", "slim from scratch"]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"swp": "balanced"}, "own_widths names 'swp'"),
+        ({"dense": "balanced"}, "own_widths names 'dense'"),
+        ({"dcff": "balanced"}, "own_widths names 'dcff'"),  # not in this study
+        ({"apbm": "balnced"}, "'balnced'; did you mean 'balanced'"),
+        ({"apbm": "uniform"}, "the rule 'uniform'"),  # which is the shared one
+    ],
+)
+def test_own_widths_that_cannot_be_are_refused(tmp_path, own, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny(tmp_path, methods=["dense", "apbm", "swp"], own_widths=own)

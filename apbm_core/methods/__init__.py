@@ -63,7 +63,13 @@ def get_method(name: str) -> Method:
 
 
 def label(name: str) -> str:
-    """How tables and plots call a method; a file that is gone since it was recorded goes by its own name."""
+    """How tables and plots call a method; a file that is gone since it was recorded goes by its own name.
+
+    ``method@rule`` is a method whose widths follow another rule than the others' (summary.series).
+    """
+    name, _, rule = name.partition("@")
+    if rule:
+        return f"{label(name)}, {rule} widths"
     try:
         return get_method(name).label
     except ConfigError:
@@ -73,4 +79,8 @@ def label(name: str) -> str:
 def ordered(names: Iterable[str]) -> list[str]:
     """The different ones of ``names`` in the order of tables and plots: ours first, then the user's own."""
     found = set(names)
-    return [name for name in NAMES if name in found] + sorted(found.difference(NAMES))
+    return sorted(found, key=lambda name: (_place(name.partition("@")[0]), name))
+
+
+def _place(name: str) -> int:
+    return NAMES.index(name) if name in NAMES else len(NAMES)
