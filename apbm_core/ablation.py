@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 from apbm_core.errors import ApbmError, ConfigError
+from apbm_core.parameters import StudyParameters
 from apbm_core.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
-from apbm_core.study import Study, StudyParameters
+from apbm_core.study import Study
 from apbm_core.summary import mean_and_interval, verdict
 from apbm_core.validation import closest
 

@@ -13,9 +13,10 @@ from pandas.io.formats.style import Styler
 from apbm_core.claims import claims_frame
 from apbm_core.files import write_atomically
 from apbm_core.methods import label
+from apbm_core.parameters import StudyParameters
 from apbm_core.records import PUBLISHED, RunRecord
 from apbm_core.runs import environment
-from apbm_core.study import Study, StudyParameters
+from apbm_core.study import Study
 from apbm_core.summary import against_rivals, beside_published, label_model, phase_frame, points, runs_frame
 
 _FORMATS = {

@@ -14,13 +14,13 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.fusion import FusionSettings
 from apbm_core.methods import NAMES, get_method
 from apbm_core.models import MODELS
+from apbm_core.parameters import StudyParameters
 from apbm_core.profiles import parse_assignments
 from apbm_core.published import PUBLISHED_WIDTHS
 from apbm_core.recipes import RECIPES, Recipe, get_recipe, learning_rate
 from apbm_core.records import RunConfig
 from apbm_core.runs import execute
 from apbm_core.schedules import AnnealedTau, DcffTemperature
-from apbm_core.study import StudyParameters
 from apbm_core.validation import validated
 from apbm_core.widths import SOLVERS
 

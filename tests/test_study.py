@@ -17,8 +17,9 @@ from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
 from apbm_core.methods import NAMES, get_method, label
 from apbm_core.models import build_model
 from apbm_core.networks import load_compact
+from apbm_core.parameters import StudyParameters
 from apbm_core.published import PUBLISHED_WIDTHS
-from apbm_core.study import Study, StudyParameters, _spread
+from apbm_core.study import Study, _spread
 from apbm_core.summary import against_rivals, mean_and_interval, points, runs_frame
 from apbm_core.workers import plan_workers, run_side_by_side
 
