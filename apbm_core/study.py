@@ -111,16 +111,15 @@ class Study:
         return [record for record in map(self.results.read, configs) if record is not None]
 
     def equal_time_configs(self) -> list[RunConfig]:
-        """Runs from scratch with as many epochs as fit into the training time of l1's record, pre-training counted."""
+        """Runs from scratch with as many epochs as fit into the training time of l1's record, pre-training counted.
+
+        Runs with widths of their own have none.
+        """
         if "equal-time" not in self.parameters.schedules:
             return []
         records = self.records(self.configs())
-        shared = self.parameters.widths
-        references = {
-            (r.config.model, r.config.target, r.config.seed): r
-            for r in records
-            if (r.config.method, r.config.widths) == ("l1", shared)
-        }
+        records = [record for record in records if record.config.widths == self.parameters.widths]
+        references = {(r.config.model, r.config.target, r.config.seed): r for r in records if r.config.method == "l1"}
         configs = []
         for record in records:
             reference = references.get((record.config.model, record.config.target, record.config.seed))
