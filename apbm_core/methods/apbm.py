@@ -27,7 +27,7 @@ class Options(BaseModel):
 
     settings: FusionSettings = Field(default_factory=FusionSettings)
     rescores_per_epoch: int = Field(4, ge=1, description="scorings an epoch, evenly spread over its steps")
-    collapse: bool = Field(False, description="once P is frozen, train the fused filters themselves; the banks go")
+    collapse: bool = Field(True, description="once P is frozen, train the fused filters themselves; the banks go")
     bank_lr: float = Field(1.0, gt=0, le=100, description="the banks' learning rate, in multiples of the recipe's")
     bank_decay: float = Field(1.0, ge=0, le=100, description="the banks' weight decay, in multiples of the recipe's")
     wide: float = Field(
