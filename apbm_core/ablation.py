@@ -251,6 +251,7 @@ def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratc
                 "parameters removed": 100 * next(iter(mine.values())).parameters_removed,
                 "MACs removed": sum(100 * record.macs_removed for record in mine.values()) / len(mine),
                 "training seconds": sum(record.seconds for record in mine.values()) / len(mine),
+                "fastest seconds": min(record.seconds for record in mine.values()),
             }
         )
     return pd.DataFrame(rows)
