@@ -23,8 +23,8 @@ _FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
     "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
     "training seconds": "{:.0f}", "fastest seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}",
-    "epochs": "{:.0f}", "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}", "same class": "{:.2f}",
-    "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
+    "epochs": "{:.0f}", "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}",
+    "same class": "{:.2f}", "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
     "accuracy there": "{:.2f}", "accuracy here": "{:.2f}", "training seconds there": "{:.0f}",
     "training seconds here": "{:.0f}", "interval of difference": "± {:.2f}",
 }  # fmt: skip
