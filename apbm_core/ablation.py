@@ -28,7 +28,7 @@ FOLDER = "ablation"
 """Beside the profiles' folders: ``results/ablation``."""
 
 SEEDS = (10, 11, 12)
-_PAIRS_FOR_A_VERDICT = 3
+PAIRS_FOR_A_VERDICT = 3
 
 _SMALL = {"models": ["resnet20"], "targets": {"resnet20": [0.75]}, "epochs": 6}
 # Arithmetic is fixed, so that machines differ in rounding alone.
@@ -278,7 +278,7 @@ def ingredients(records: Mapping[tuple[str, int], RunRecord]) -> pd.DataFrame:
                 "interval of difference": half,
                 "pairs": len(pairs),
                 "each": pairs,
-                "verdict": verdict(mean, half, len(pairs)) if len(pairs) >= _PAIRS_FOR_A_VERDICT else "too few pairs",
+                "verdict": verdict(mean, half, len(pairs)) if len(pairs) >= PAIRS_FOR_A_VERDICT else "too few pairs",
             }
         )
     columns = ["ingredient", "with", "without", "difference", "interval of difference", "pairs", "each", "verdict"]

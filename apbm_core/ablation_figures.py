@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from apbm_core.ablation import VARIANTS
+from apbm_core.ablation import PAIRS_FOR_A_VERDICT, VARIANTS
 from apbm_core.figures import COLOURS
 from apbm_core.records import RunRecord
 from apbm_core.summary import CONFIDENCE
@@ -134,7 +134,8 @@ def courses(records: Records, names: Sequence[str]) -> Figure:
 
 
 def _finding(rows: pd.DataFrame, reference: str) -> str:
-    """What the lines show: how many variants are clearly above the reference, and how many clearly below."""
+    """What the lines of enough pairs show: how many variants are clearly above the reference, and how many clearly below."""
+    rows = rows[rows["pairs"] >= PAIRS_FOR_A_VERDICT]
     clear = rows[rows["difference"].abs() > rows["interval of difference"]]
     above, below = (clear[sign * clear["difference"] > 0] for sign in (1, -1))
     best = rows.loc[rows["difference"].idxmax()] if len(rows) else None
