@@ -134,7 +134,7 @@ def courses(records: Records, names: Sequence[str]) -> Figure:
 
 
 def _finding(rows: pd.DataFrame, reference: str) -> str:
-    """What the lines of enough pairs show: how many variants are clearly above the reference, and how many clearly below."""
+    """Of the variants with enough pairs, how many are clearly above the reference and how many clearly below it."""
     rows = rows[rows["pairs"] >= PAIRS_FOR_A_VERDICT]
     clear = rows[rows["difference"].abs() > rows["interval of difference"]]
     above, below = (clear[sign * clear["difference"] > 0] for sign in (1, -1))
