@@ -195,7 +195,7 @@ def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[
         for name in names:
             variant, parameters = _known(name, VARIANTS, "variant"), _known(bed, BEDS, "bed")
             values = {"methods": [variant.method], "seeds": [seed], "split": "tuning", "widths": variant.filters}
-            if variant.options or variant.method == "apbm":
+            if variant.method == "apbm":
                 values["options"] = {"apbm": variant.all_options()}
             (found[name, seed],) = StudyParameters.parse(parameters | values).run_configs("cifar10")
     return found
@@ -220,7 +220,7 @@ def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
 
 
 def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:
-    """One row a variant: mean validation accuracy, and its difference to the reference, paired by seed.
+    """One row a variant: mean held-out accuracy, and its difference to the reference, paired by seed.
 
     Accuracies in percent, differences in points; intervals are Student's at 95 %, NaN for one seed.
     """

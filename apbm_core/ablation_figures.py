@@ -90,9 +90,10 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
     """Mean accuracy against training time, a mark a variant: what an ingredient gains beside what it takes.
 
     The time is the fastest run's, for other work on the machine can only lengthen one; intervals are in
-    :func:`differences`.
+    :func:`differences`. Variants with fewer seeds than the others are left out: means over other seeds mislead.
     """
     rows = table if names is None else table[table["variant"].isin(names)]
+    rows = rows[rows["n"] == rows["n"].max()]
     figure, axis = plt.subplots(figsize=(8.6, 4.6))
     for group, part in rows.groupby("ingredient", sort=False):
         axis.plot(part["fastest seconds"] / 60, part["accuracy"], "o", color=GROUP_COLOURS[group], ms=6, label=group)
@@ -103,7 +104,7 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
     ratio = best["fastest seconds"] / cheapest["fastest seconds"]
     axis.set_title(f"The most accurate, {best['variant']}, takes {ratio:.1f} times the shortest time", loc="left")
     axis.set_xlabel("training time of a variant's fastest run (minutes)")
-    axis.set_ylabel("held-out accuracy (%), mean over the seeds")
+    axis.set_ylabel(f"held-out accuracy (%), n = {rows['n'].max()}")
     axis.legend(fontsize=8, title="ingredient", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -135,9 +136,11 @@ def courses(records: Records, names: Sequence[str]) -> Figure:
 
 def _finding(rows: pd.DataFrame, reference: str) -> str:
     """Of the variants with enough pairs, how many are clearly above the reference and how many clearly below it."""
+    if rows["pairs"].max() < PAIRS_FOR_A_VERDICT:
+        return f"Against {VARIANTS[reference].label}: fewer than {PAIRS_FOR_A_VERDICT} seeds, too few for a verdict"
     rows = rows[rows["pairs"] >= PAIRS_FOR_A_VERDICT]
     clear = rows[rows["difference"].abs() > rows["interval of difference"]]
     above, below = (clear[sign * clear["difference"] > 0] for sign in (1, -1))
-    best = rows.loc[rows["difference"].idxmax()] if len(rows) else None
+    best = rows.loc[rows["difference"].idxmax()]
     sentence = f"Against {VARIANTS[reference].label}: {len(above)} clearly above, {len(below)} clearly below"
-    return sentence if best is None else f"{sentence}; best: {best['what']}, {best['difference']:+.2f}"
+    return f"{sentence}; best: {best['what']}, {best['difference']:+.2f}"

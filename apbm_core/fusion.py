@@ -188,7 +188,7 @@ class FilterFusion(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         self.is_selection, self.is_frozen = state["is_selection"], state["is_frozen"]
-        self.is_collapsed = state["is_collapsed"]
+        self.is_collapsed = state.get("is_collapsed", False)  # earlier versions had no such state
         self.last = LayerFusion(**state["last"]) if state["last"] else None
 
 
@@ -258,7 +258,8 @@ def collapse(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
     The forward pass stays the same to rounding, and so does the optimizer's momentum, which is fused alike; banks and
     P cost nothing from then on. What differs is the course of the training: a bank spreads a gradient over all the
-    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone.
+    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone,
+    and so are those with gains, whose lengths are parameters of their own.
 
     Args:
         model: a network made by :func:`apbm_core.fuse`.

@@ -13,14 +13,16 @@ first is a plain cut:
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from apbm_core import similarity
+from apbm_core.evaluation import evaluation_mode
 from apbm_core.fusion import FilterFusion, FusionSettings
-from apbm_core.methods.cutting import followers
+from apbm_core.methods.cutting import Followers, followers
 from apbm_core.surgery import slim
 
 _RIDGE = 1e-3  # of the activations' mean square: as much as a kept channel may lean on another that is almost its copy
@@ -47,7 +49,7 @@ def layer_redundancy(model: nn.Module, layers: Sequence[str], tau: float, metric
         weight = model.get_submodule(name).weight.detach()
         n = len(weight)
         distance = similarity.scale_free(similarity.pairwise_distances(weight, metric))
-        temperature = tau * torch.tensor(float(max(n, 2))).log().item()
+        temperature = tau * math.log(max(n, 2))
         entropy = similarity.entropy(similarity.log_similarity(distance, temperature))
         found.append(min(1.0, entropy.exp().mean().item() / n))
     return found
@@ -98,7 +100,7 @@ def fusion_shares(weight: Tensor, kept: Tensor, settings: FusionSettings) -> Ten
     return shares
 
 
-def _fuse_layer(model: nn.Module, chain, name: str, kept: Tensor, settings: FusionSettings) -> None:
+def _fuse_layer(model: nn.Module, chain: Followers, name: str, kept: Tensor, settings: FusionSettings) -> None:
     conv, norm, reader = (model.get_submodule(part) for part in (name, chain.norm, chain.reader))
     kept = kept.to(conv.weight.device)
     shares = fusion_shares(conv.weight, kept, settings)
@@ -122,19 +124,16 @@ def _second_moments(model: nn.Module, reader_name: str, images: Tensor) -> Tenso
     caught: list[Tensor] = []
     reader = model.get_submodule(reader_name)
     handle = reader.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    modes = {module: module.training for module in model.modules()}
     total, count = 0.0, 0
     try:
-        model.eval()
-        for batch in images.split(128):
-            model(batch)
-            maps = caught.pop()
-            columns = maps.flatten(2).transpose(0, 1).flatten(1) if maps.dim() == 4 else maps.T
-            total, count = total + (columns @ columns.T).double(), count + columns.shape[1]
+        with evaluation_mode(model):
+            for batch in images.split(128):
+                model(batch)
+                maps = caught.pop()
+                columns = maps.flatten(2).transpose(0, 1).flatten(1) if maps.dim() == 4 else maps.T
+                total, count = total + (columns @ columns.T).double(), count + columns.shape[1]
     finally:
         handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return total / count
 
 
