@@ -61,7 +61,7 @@ class StudyParameters(BaseModel):
         """
         parameters = validated(cls, values, "the study's parameters")
         pick_device(parameters.device)
-        if not parameters.run_configs(parameters.dataset) and "equal-time" not in parameters.schedules:
+        if not parameters.run_configs(parameters.dataset):
             raise ConfigError(
                 f"schedules = {parameters.schedules}: none of {', '.join(parameters.methods)} has such a schedule, so "
                 "there is nothing to run; add 'equal'."
@@ -112,6 +112,11 @@ class StudyParameters(BaseModel):
         missing = [model for model in self.models if not self.targets.get(model)]
         if missing and set(self.methods) != {"dense"}:
             raise ValueError(f"no target is given for {missing[0]}; set targets = {{{missing[0]!r}: [0.5]}}.")
+        if "equal-time" in self.schedules and not ("equal" in self.schedules and "l1" in self.methods):
+            raise ValueError(
+                "the schedule 'equal-time' gives the time that l1 takes at equal epochs, so it needs 'equal' among the "
+                f"schedules, which are {self.schedules}, and 'l1' among the methods, which are {self.methods}."
+            )
         known = [*SOLVERS, *PUBLISHED_WIDTHS]
         if self.widths not in known:
             raise ValueError(

@@ -113,12 +113,22 @@ class Study:
     def equal_time_configs(self) -> list[RunConfig]:
         """Runs from scratch with as many epochs as fit into the training time of l1's record, pre-training counted.
 
-        Runs with widths of their own have none.
+        Runs with widths of their own have none, nor has one that would have as many epochs as at equal epochs: it
+        would be the same run.
         """
+        return [config for config in self._equal_time() if config.epochs != self.parameters.epochs]
+
+    def equal_time_stand_ins(self) -> list[RunConfig]:
+        """Runs at equal epochs that are their own equal-time runs, for l1's time holds as many epochs."""
+        same = [config for config in self._equal_time() if config.epochs == self.parameters.epochs]
+        return [config.model_copy(update={"schedule": "equal"}) for config in same]
+
+    def _equal_time(self) -> list[RunConfig]:
         if "equal-time" not in self.parameters.schedules:
             return []
         records = self.records(self.configs())
-        records = [record for record in records if record.config.widths == self.parameters.widths]
+        shared = self.parameters.widths
+        records = [r for r in records if r.config.widths == shared and r.config.schedule == "equal"]
         references = {(r.config.model, r.config.target, r.config.seed): r for r in records if r.config.method == "l1"}
         configs = []
         for record in records:
