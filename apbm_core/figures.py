@@ -1,7 +1,8 @@
 """Every plot the notebooks show. Each takes records, and its title says what they found."""
 
 import io
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -90,7 +91,7 @@ def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
     table = points(runs_frame(records))
     table = table[table["schedule"] != "equal-time"]
     models = list(dict.fromkeys(table["model"]))
-    figure, axes = plt.subplots(len(models), 2, figsize=(12, 4.4 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.4 * len(models)), squeeze=False)
     for (left, right), model in zip(axes, models, strict=True):
         part = table[table["model"] == model]
         if part[part["target"] > 0]["target"].nunique() > 1:
@@ -98,8 +99,8 @@ def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
         else:
             _list_of_methods(left, part)
         _curves(right, part, "MACs removed")
-        left.set_title(f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", loc="left")
-        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _title(left, f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", 110)
+    _legend(figure, axes[:, 1])
     return figure
 
 
@@ -114,18 +115,25 @@ def accuracy_against_time(records: Sequence[RunRecord]) -> Figure:
             for schedule, line in part[part["method"] == method].groupby("schedule", sort=False):
                 hollow = schedule == "equal-time"
                 _points(axis, line["training seconds"] / 60, line, method, joined=False, hollow=hollow)
-        slowest, fastest = (part.loc[part["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
-        ratio = slowest["training seconds"] / fastest["training seconds"]
-        axis.set_title(
-            f"{label_model(model)}, {_dataset(part)}: {label(slowest['method'])} takes {ratio:.1f} times as long as "
-            f"{label(fastest['method'])}",
-            loc="left",
-            fontsize=10,
-        )
+        _title(axis, f"{label_model(model)}, {_dataset(part)}: {_time_finding(part)}", 60)
         axis.set_xlabel("training time of the run (minutes; hollow: equal-time runs)")
         axis.set_ylabel("test accuracy (%)")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(figure, axes[0])
     return figure
+
+
+def _time_finding(part: pd.DataFrame) -> str:
+    """What equal time made of APBM and of the same network from scratch; else who takes how much longer than whom."""
+    means = part.groupby(["target", "schedule", "method"], observed=True)["accuracy"].mean()
+    for target in sorted(part[part["schedule"] == "equal-time"]["target"].unique()):
+        names = [("equal-time", "apbm"), ("equal-time", "scratch"), ("equal", "l1")]
+        there = [(method, means.get((target, schedule, method))) for schedule, method in names]
+        if all(accuracy is not None for _, accuracy in there):
+            words = ", ".join(f"{label(method)} {accuracy:.1f} %" for method, accuracy in there)
+            return f"at {target:.4g} % removed, in L1's time: {words}"
+    slowest, fastest = (part.loc[part["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
+    ratio = slowest["training seconds"] / fastest["training seconds"]
+    return f"{label(slowest['method'])} takes {ratio:.1f} times as long as {label(fastest['method'])}"
 
 
 def training_curves(records: Sequence[RunRecord]) -> Figure:
@@ -144,6 +152,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
                     100 * line["train_accuracy"],
                     color=colour(method),
                     lw=1.4,
+                    ls=_line(method),
                     label=label(method) if first else None,
                 )
                 axis.plot(
@@ -154,14 +163,11 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
                     ms=7,
                 )
         best = final["accuracy"].idxmax()
-        axis.set_title(
-            f"{label_model(model)}: {label(final.loc[best, 'method'])} ends highest, at "
-            f"{final.loc[best, 'accuracy']:.1f} % on the test images",
-            loc="left",
-        )
+        name, accuracy = label(final.loc[best, "method"]), final.loc[best, "accuracy"]
+        _title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
         axis.set_xlabel("epoch, all phases counted")
         axis.set_ylabel("training accuracy (%), marks: test")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(figure, axes[0])
     return figure
 
 
@@ -169,7 +175,7 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
     """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network."""
     phases = phase_frame([record for record in records if record.config.schedule == "equal"])
     models = list(dict.fromkeys(phases["model"]))
-    names = list(dict.fromkeys(phases["phase"]))
+    names = _phases_in_order(records)
     figure, axes = plt.subplots(1, len(models), figsize=(6.2 * len(models), 3.8), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         part = phases[phases["model"] == model]
@@ -177,26 +183,40 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
         seconds = part.pivot_table(index="method", columns="phase", values="seconds", aggfunc="sum").div(runs, axis=0)
         order = seconds.sum(axis=1).sort_values(ascending=False).index
         left = pd.Series(0.0, index=order)
-        for number, phase in enumerate(name for name in names if name in seconds):
+        for phase in (name for name in names if name in seconds):
             width = seconds[phase].reindex(order).fillna(0) / 60
-            axis.barh([label(m) for m in order], width, left=left, label=phase, color=plt.cm.tab10(number), height=0.7)
+            axis.barh(
+                [label(m) for m in order],
+                width,
+                left=left,
+                label=phase,
+                color=plt.cm.tab10(names.index(phase)),
+                height=0.7,
+            )
             left += width
         axis.set_xlabel("minutes a run")
-        axis.set_title(
-            f"{label_model(model)}: {label(order[0])} trains longest, "
-            f"{left.max() / left.min():.1f} times {label(order[-1])}",
-            loc="left",
-        )
+        words = f"{label(order[0])} trains longest, {left.max() / left.min():.1f} times {label(order[-1])}"
+        _title(axis, f"{label_model(model)}: {words}", 60)
         axis.grid(axis="y", visible=False)
-        axis.legend(fontsize=8, title="phase")
+    _legend(figure, axes[0], title="phase")
     return figure
+
+
+def _phases_in_order(records: Sequence[RunRecord]) -> list[str]:
+    """The names of all phases, those that come late in their runs last."""
+    after: dict[str, int] = {}
+    for record in records:
+        for place, phase in enumerate(reversed(record.phases)):
+            after[phase.name] = max(place, after.get(phase.name, 0))
+    return sorted(after, key=lambda name: -after[name])
 
 
 _PLAIN_SELECTION = 0.999  # above this share of a kept filter in its fused one, nothing worth a name is mixed in
 
 
 def fusion_course(records: Sequence[RunRecord]) -> Figure:
-    """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse."""
+    """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse; a row a
+    network."""
     history = history_frame([record for record in records if any("fusion" in row for row in record.history)])
     quantities = {
         "own_share": "a kept filter's share\nof its fused filter",
@@ -204,15 +224,22 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
         "entropy": "entropy of the similarity\ndistributions (nats)",
         "churn": "kept filters replaced\nin the epoch",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
-    for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
-        for method in _methods(history):
-            line = history[history["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
-            axis.plot(line.index, line, marker(method) + "-", color=colour(method), label=label(method))
-        axis.set_xlabel("epoch")
-        axis.set_title(title, fontsize=10, loc="left")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(_fusion_finding(history), x=0.01, ha="left", fontsize=11)
+    models = list(dict.fromkeys(history["model"]))
+    figure = plt.figure(figsize=(13, 3.6 * len(models)))
+    rows = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
+    for row, model in zip(rows, models, strict=True):
+        part = history[history["model"] == model]
+        axes = row.subplots(1, 4)
+        for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
+            for method in _methods(part):
+                line = part[part["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
+                style = {"color": colour(method), "marker": marker(method), "ls": _line(method)}
+                axis.plot(line.index, line, label=label(method), **style)
+            axis.set_xlabel("epoch")
+            axis.set_title(title, fontsize=10, loc="left")
+        axes[0].legend(fontsize=8)
+        words = textwrap.fill(f"{label_model(model)}: {_fusion_finding(part)}", 150)
+        row.suptitle(words, x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -226,6 +253,25 @@ def _fusion_finding(history: pd.DataFrame) -> str:
         replaced = 100 * mean["fusion churn"].sum()
         sentences.append(f"{label(method)} {words} and replaces {replaced:.0f} % of the kept ones in all")
     return "; ".join(sentences)
+
+
+def _line(method: str) -> str:
+    """A method's line: with other widths than the others' it is dashed."""
+    return "--" if "@" in method else "-"
+
+
+def _title(axis: Axes, words: str, width: int) -> None:
+    """What a panel found, in lines of so many characters, for a long one would run into the next panel."""
+    axis.set_title(textwrap.fill(words, width), loc="left", fontsize=10)
+
+
+def _legend(figure: Figure, axes: Iterable[Axes], title: str | None = None) -> None:
+    """One legend for several panels, beside them; what is drawn in several of them is named once."""
+    named = {}
+    for axis in axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    figure.legend(named.values(), named.keys(), fontsize=8, title=title, loc="outside right center")
 
 
 def _curves(axis: Axes, part: pd.DataFrame, removed: str) -> None:
@@ -253,9 +299,8 @@ def _list_of_methods(axis: Axes, part: pd.DataFrame) -> None:
             capsize=3,
             ls="none",
         )
-        axis.annotate(
-            f"{row.accuracy:.2f}", (row.accuracy, place), (9, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        beside = axis.get_yaxis_transform()  # a column at the right edge, where no mark or line is
+        axis.text(1.01, place, f"{row.accuracy:.2f}", transform=beside, va="center", fontsize=8)
     axis.set_yticks(range(len(pruned)), [label(method) for method in pruned["method"]])
     axis.set_ylim(-0.6, len(pruned) - 0.4)
     axis.margins(x=0.12)

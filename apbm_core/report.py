@@ -17,13 +17,22 @@ from apbm_core.parameters import StudyParameters
 from apbm_core.records import PUBLISHED, RunRecord
 from apbm_core.runs import environment
 from apbm_core.study import Study
-from apbm_core.summary import against_rivals, beside_published, label_model, phase_frame, points, runs_frame
+from apbm_core.summary import (
+    against_rivals,
+    beside_published,
+    label_model,
+    phase_columns,
+    phase_frame,
+    points,
+    runs_frame,
+)
 
 _FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
     "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
     "training seconds": "{:.0f}", "fastest seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}",
-    "epochs": "{:.0f}", "time ratio": "{:.2f}", "kB": "{:,.0f}", "difference of logits": "{:.0e}",
+    "epochs": "{:.0f}", "time ratio": "{:.2f}", "MACs ratio": "{:.2f}", "kB": "{:,.0f}",
+    "difference of logits": "{:.0e}",
     "same class": "{:.2f}", "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
     "accuracy there": "{:.2f}", "accuracy here": "{:.2f}", "training seconds there": "{:.0f}",
     "training seconds here": "{:.0f}", "interval of difference": "± {:.2f}",
@@ -64,13 +73,15 @@ def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styl
 
 
 def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None:
-    """For each network and target all methods, the best accuracy first, the dense network beside them."""
-    table = points(runs_frame(records))
+    """For each network and target all methods and dense, the best accuracy first, with the time by phase."""
+    phases = phase_columns(records)
+    table = points(runs_frame(records)).join(phases, on=phases.index.names)
     columns = ["method", "schedule", "epochs", "accuracy", "interval", "n", "drop", "parameters", "MACs",
                "parameters removed", "MACs removed", "training seconds"]  # fmt: skip
     for (model, target), group in table[table["target"] > 0].groupby(["model", "target"], sort=False):
         dense = table[(table["model"] == model) & (table["target"] == 0)]
-        rows = pd.concat([dense, group]).sort_values("accuracy", ascending=False)[columns]
+        rows = pd.concat([dense, group]).sort_values("accuracy", ascending=False)
+        rows = rows[[*columns, *rows[phases.columns].dropna(axis="columns", how="all")]]
         words = f"{label_model(model)}, {target:.4g} % of the {study.parameters.by} to remove"
         display(_shown(study, rows, f"{name}_{model}_{target:.4g}").set_caption(words))
 
@@ -78,6 +89,13 @@ def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None
 def rivals_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
     """APBM's accuracy minus each rival's, with interval and verdict."""
     return _shown(study, against_rivals(runs_frame(records)), name)
+
+
+def equal_time_note(study: Study) -> None:
+    """Say which runs stand for their own equal-time runs, because the time that is given holds as many epochs."""
+    for config in study.equal_time_stand_ins():
+        run = f"{label_model(config.model)}, {100 * config.target:.4g} %, {label(config.method)}, seed {config.seed}"
+        print(f"{run}: L1's time holds {config.epochs} epochs, as at equal epochs, so that run answers both questions.")
 
 
 def phase_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:
@@ -171,7 +189,9 @@ def _styled(table: pd.DataFrame, folder: Path, name: str) -> Styler:
     if "method" in table:
         table["method"] = [label(method) for method in table["method"]]
     write_atomically(folder / "tables" / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
-    styler = table.style.format({key: value for key, value in _FORMATS.items() if key in table}, na_rep="")
+    formats = {key: value for key, value in _FORMATS.items() if key in table}
+    formats |= {column: "{:.0f}" for column in table if column.endswith(" (s)")}
+    styler = table.style.format(formats, na_rep="")
     return (
         styler.hide(axis="index")
         .relabel_index([f"{column} (%)" if column in _PERCENT else column for column in table.columns], axis="columns")

@@ -32,7 +32,8 @@ def series(records: Sequence[RunRecord]) -> list[str]:
 
 
 def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds.
+    """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds. Networks
+    come in the order of the records.
 
     Without records the frame is empty, but has its columns.
     The accuracy is the test set's, or the validation images' for a tuning run.
@@ -67,7 +68,12 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
         dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
         keys = pd.MultiIndex.from_frame(frame[["model", "dataset"]])
         frame["drop"] = dense.reindex(keys).to_numpy() - frame["accuracy"]
-        frame = frame.sort_values([*POINT, "seed"], ignore_index=True)
+        order = {model: place for place, model in enumerate(dict.fromkeys(frame["model"]))}
+        frame = frame.sort_values(
+            [*POINT, "seed"],
+            key=lambda column: column.map(order) if column.name == "model" else column,
+            ignore_index=True,
+        )
     return frame
 
 
@@ -95,30 +101,46 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
-    """``method``'s accuracy minus each rival's, at the same network, target and schedule, paired by seed; in points."""
+    """``method``'s accuracy minus each rival's, at the same network and target, paired by seed; in points.
+
+    At equal epochs all have the same schedule. ``method``'s equal-time runs are set beside the other equal-time runs,
+    and beside the equal-epochs runs of rivals that have none: those the time was measured by. With widths of its own
+    (``method@rule``) it is set beside all, too.
+    """
     rows = []
-    keys = ["model", "dataset", "target", "schedule"]
+    keys = ["model", "dataset", "target"]
     for key, group in frame[frame["method"] != "dense"].groupby(keys, observed=True, sort=False):
-        accuracy = group.pivot_table(index="seed", columns="method", values="accuracy", observed=True)
-        seconds = group.pivot_table(index="seed", columns="method", values="training seconds", observed=True)
-        if method not in accuracy:
-            continue
-        for rival in accuracy.columns.drop(method):
-            difference = (accuracy[method] - accuracy[rival]).dropna()
-            if len(difference):
-                mean, half_width = mean_and_interval(difference.tolist())
-                rows.append(
-                    dict(zip(keys, key, strict=True))
-                    | {
-                        "rival": label(rival),
-                        "difference": mean,
-                        "interval": half_width,
-                        "n": len(difference),
-                        "time ratio": (seconds[method] / seconds[rival]).dropna().mean(),
-                        "verdict": verdict(mean, half_width, len(difference)),
-                    }
-                )
+        for schedule in group["schedule"].unique():
+            same = group[group["schedule"] == schedule]
+            ours = [name for name in ordered(same["method"]) if name.partition("@")[0] == method]
+            others = group[(group["schedule"] == "equal") & ~group["method"].isin(same["method"])]
+            beside = pd.concat([same, others]) if schedule == "equal-time" else same
+            for place, own in enumerate(ours):
+                for rival in ordered(beside["method"]):
+                    if rival not in ours[: place + 1]:
+                        row = _pair(same[same["method"] == own], beside[beside["method"] == rival])
+                        rows += [dict(zip(keys, key, strict=True)) | row] if row else []
     return pd.DataFrame(rows)
+
+
+def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict | None:
+    """One row of :func:`against_rivals`; None if no seed is in both."""
+    both = ours.merge(theirs, on="seed", suffixes=("", " of rival"))
+    if both.empty:
+        return None
+    mean, half_width = mean_and_interval((both["accuracy"] - both["accuracy of rival"]).tolist())
+    return {
+        "schedule": both["schedule"].iloc[0],
+        "method": both["method"].iloc[0],
+        "rival": label(both["method of rival"].iloc[0]),
+        "rival's schedule": both["schedule of rival"].iloc[0],
+        "difference": mean,
+        "interval": half_width,
+        "n": len(both),
+        "time ratio": (both["training seconds"] / both["training seconds of rival"]).mean(),
+        "MACs ratio": (both["MACs"] / both["MACs of rival"]).mean(),
+        "verdict": verdict(mean, half_width, len(both)),
+    }
 
 
 def verdict(difference: float, half_width: float, n: int) -> str:
@@ -150,6 +172,18 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
             for phase in record.phases
         ]
     )
+
+
+def phase_columns(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """The seconds of each phase, a column a phase, by network, method, target (in percent) and schedule; means over the
+    seeds. A method that lacks a phase has NaN there."""
+    keys = ["model", "method", "target", "schedule"]
+    phases = phase_frame(records)
+    if phases.empty:
+        return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=keys))
+    each = phases.groupby([*keys, "seed", "phase"], sort=False)["seconds"].sum()
+    table = each.groupby([*keys, "phase"], sort=False).mean().unstack("phase")
+    return table[list(dict.fromkeys(phases["phase"]))].add_suffix(" (s)")
 
 
 def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:

@@ -66,7 +66,7 @@ def test_it_is_in_every_table(finished):
 @pytest.mark.parametrize("plot", ["accuracy_curves", "accuracy_against_time", "training_curves"])
 def test_it_is_in_the_legend_with_a_colour_and_mark_of_its_own(finished, plot):
     figure = getattr(figures, plot)(finished[1])
-    legend = next(axis.get_legend() for axis in reversed(figure.axes) if axis.get_legend())
+    (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert sum(text.startswith("weight spread") for text in texts) == 1 and len(texts) == 4
     drawn = {method: (figures.colour(method), figures.marker(method)) for method in ("dense", "apbm", "l1", EXAMPLE)}

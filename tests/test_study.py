@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -270,15 +271,88 @@ def test_all_wrong_parameters_are_listed_at_once():
     assert all(name in str(error.value) for name in ("epochs", "seed", "workers"))
 
 
-def test_equal_time_gives_the_slim_methods_as_many_epochs_as_l1s_time_holds(finished):
+def with_seconds(record, seconds, **config):
+    """The record with one phase of so many seconds, and the configuration changed."""
+    (first, *_) = record.phases
+    phases = [first.model_copy(update={"seconds": seconds})]
+    return record.model_copy(update={"phases": phases, "config": record.config.model_copy(update=config)})
+
+
+def test_equal_time_gives_the_slim_methods_as_many_epochs_as_l1s_time_holds(finished, tmp_path):
+    study = Study.of(tmp_path, **(TINY | {"schedules": ["equal", "equal-time"]}))
+    seconds = {"apbm": 10.0, "dcff": 31.0, "scratch": 4.0, "l1": 20.5}  # in two epochs
+    for record in finished[1]:
+        study.results.write(with_seconds(record, seconds.get(record.config.method, 99.0)))
+    epochs = {config.method: config.epochs for config in study.equal_time_configs()}
+    assert epochs == {"apbm": 4, "dcff": 1, "scratch": 10}
+
+
+def test_where_l1s_time_holds_no_other_number_of_epochs_the_run_stands_for_both(finished, tmp_path, capsys):
     base, records = finished
-    parameters = base.parameters.model_copy(update={"schedules": ["equal", "equal-time"]})
-    configs = Study(parameters, base.results.path).equal_time_configs()
-    assert {config.method for config in configs} == {"apbm", "dcff", "scratch"}
+    values = TINY | {"schedules": ["equal", "published", "equal-time"], "methods": ["apbm", "scratch", "l1", "hrank"]}
+    study = Study.of(tmp_path, **values)
+    seconds = {"apbm": 10.0, "scratch": 4.0, "l1": 14.9, "hrank": 99.0}  # in two epochs; l1's hold 2 or 7 of theirs
+    for record in records:
+        if record.config.method in seconds:
+            study.results.write(with_seconds(record, seconds[record.config.method]))
+    assert [(c.method, c.epochs) for c in study.equal_time_configs()] == [("scratch", 7)]
+    (stand_in,) = study.equal_time_stand_ins()
+    assert study.results.read(stand_in).config.method == "apbm"
+    report.equal_time_note(study)
+    assert capsys.readouterr().out.startswith("ResNet20, 50 %, APBM, seed 0: L1's time holds 2 epochs")
+
+
+@pytest.mark.parametrize("changes", [{"schedules": ["equal-time"]}, {"methods": ["apbm", "scratch"]}])
+def test_equal_time_without_what_gives_the_time_is_refused(tmp_path, changes):
+    with pytest.raises(ConfigError, match="'equal-time' gives the time that l1 takes at equal epochs"):
+        tiny(tmp_path, **({"schedules": ["equal", "equal-time"]} | changes))
+
+
+def test_equal_time_runs_are_set_beside_those_whose_time_they_got(finished):
+    _, records = finished
     by_method = {record.config.method: record for record in records}
-    for config in configs:
-        own, budget = by_method[config.method], by_method["l1"].seconds
-        assert config.epochs == max(1, int(budget / (own.seconds / 2)))
+    known = {"apbm": 0.50, "scratch": 0.40, "l1": 0.45, "swp": 0.30}
+    equal = [by_method[name].model_copy(update={"test_accuracy": value}) for name, value in known.items()]
+    longer = {"schedule": "equal-time", "epochs": 7}
+    long = [with_seconds(record, 30.0, **longer) for record in equal[:2]]
+    long = [record.model_copy(update={"test_accuracy": record.test_accuracy + 0.25}) for record in long]
+    wide = equal[0].model_copy(
+        update={"test_accuracy": 0.6, "config": equal[0].config.model_copy(update={"widths": "balanced"})}
+    )
+    rivals = against_rivals(runs_frame([*equal, *long, wide]))
+    found = {
+        (row.schedule, row.method, row.rival, row[rivals.columns.get_loc("rival's schedule") + 1]): row.difference
+        for row in rivals.itertuples()
+    }
+    own, slim, slim_wide = "apbm", "slim from scratch", "apbm@balanced"
+    assert found == {
+        ("equal", own, "APBM, balanced widths", "equal"): pytest.approx(-10),
+        ("equal", own, slim, "equal"): pytest.approx(10),
+        ("equal", own, "L1", "equal"): pytest.approx(5),
+        ("equal", own, "SWP", "equal"): pytest.approx(20),
+        ("equal", slim_wide, slim, "equal"): pytest.approx(20),
+        ("equal", slim_wide, "L1", "equal"): pytest.approx(15),
+        ("equal", slim_wide, "SWP", "equal"): pytest.approx(30),
+        ("equal-time", own, "APBM, balanced widths", "equal"): pytest.approx(15),
+        ("equal-time", own, slim, "equal-time"): pytest.approx(10),
+        ("equal-time", own, "L1", "equal"): pytest.approx(30),
+        ("equal-time", own, "SWP", "equal"): pytest.approx(45),
+    }
+    beside_l1 = rivals[(rivals["schedule"] == "equal-time") & (rivals["rival"] == "L1")]
+    assert beside_l1["time ratio"].item() == pytest.approx(30 / by_method["l1"].seconds)
+
+
+def test_the_tables_of_04_have_the_time_of_every_phase(finished, tmp_path):
+    study, records = finished
+    report.target_tables(Study(study.parameters, tmp_path), records, "targets")
+    table = pd.read_csv(tmp_path / "tables" / "targets_resnet20_50.csv").set_index("method")
+    assert len(table) == len(NAMES)
+    for record in records:
+        row = table.loc[label(record.config.method)]
+        for phase in record.phases:
+            assert row[f"{phase.name} (s)"] == pytest.approx(phase.seconds, rel=1e-4)
+        told = row[[column for column in table if column.endswith(" (s)")]].sum()
+        assert told == pytest.approx(row["training seconds"], rel=1e-4)
 
 
 def test_the_shared_pretraining_is_started_by_one_run(finished):
@@ -369,7 +443,9 @@ def test_a_method_with_widths_of_its_own_is_a_series_of_its_own(finished, tmp_pa
     assert frame.set_index("method").loc["apbm@balanced", "accuracy"] == 50
     assert label("apbm@balanced") == "APBM, balanced widths"
     rivals = against_rivals(frame)
-    assert list(rivals["rival"]) == ["APBM, balanced widths", "slim from scratch"]
+    assert list(zip(rivals["method"], rivals["rival"], strict=True)) == [
+        ("apbm", "APBM, balanced widths"), ("apbm", "slim from scratch"), ("apbm@balanced", "slim from scratch"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
