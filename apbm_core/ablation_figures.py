@@ -24,6 +24,7 @@ GROUP_COLOURS = {
     "widths": "#8C6D31",
 }
 VERDICT_COLOURS = {"above": "#009E73", "below": "#D55E00"}
+_LANDMARKS = ("scratch", "slice", "no-fusion", "base", "l1", "dcff")
 Records = Mapping[tuple[str, int], RunRecord]
 
 
@@ -89,6 +90,7 @@ def on_and_off(table: pd.DataFrame) -> Figure:
 def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
     """Mean accuracy against training time, a mark a variant: what an ingredient gains beside what it takes.
 
+    Only the landmarks are named, and the variants that are more accurate than every faster one.
     The time is the fastest run's, for other work on the machine can only lengthen one; intervals are in
     :func:`differences`. Variants with fewer seeds than the others are left out: means over other seeds mislead.
     """
@@ -97,7 +99,9 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
     figure, axis = plt.subplots(figsize=(8.6, 4.6))
     for group, part in rows.groupby("ingredient", sort=False):
         axis.plot(part["fastest seconds"] / 60, part["accuracy"], "o", color=GROUP_COLOURS[group], ms=6, label=group)
-    for _, row in rows.iterrows():
+    ahead = rows.sort_values(["fastest seconds", "accuracy"], ascending=[True, False])
+    ahead = ahead[ahead["accuracy"] == ahead["accuracy"].cummax()]  # no faster one is as accurate
+    for _, row in rows[rows["variant"].isin(_LANDMARKS) | rows["variant"].isin(ahead["variant"])].iterrows():
         axis.annotate(row["variant"], (row["fastest seconds"] / 60, row["accuracy"]), (5, 3),
                       textcoords="offset points", fontsize=7)  # fmt: skip
     best, cheapest = rows.loc[rows["accuracy"].idxmax()], rows.loc[rows["fastest seconds"].idxmin()]
