@@ -62,7 +62,7 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
 
     Args:
         study: from :func:`prepare`.
-        records_only: in the notebooks, a run that is not recorded is an error, not a task.
+        records_only: in the notebooks, a run that is not recorded is left out and named, not carried out.
 
     Returns:
         The index page.

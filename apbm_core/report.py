@@ -50,7 +50,7 @@ def open_study(profile: str, results: str, **parameters) -> Study:
 
 
 def describe(study: Study) -> None:
-    """Show the versions, the machine and the data; and the banner, if the data are not those asked for."""
+    """Show the versions, the machine and the data; the banner, if there is one; and which runs lack a record."""
     facts = environment(study.device)
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
@@ -60,6 +60,8 @@ def describe(study: Study) -> None:
     ]
     if study.banner:
         display(HTML(f'<p style="color:#B00020;font-size:1.4em;font-weight:bold">{study.banner}</p>'))
+    if study.missing:
+        lines.append(f"not recorded yet: {', '.join(config.id for config in study.missing)}")
     print("\n".join(lines))
 
 

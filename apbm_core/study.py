@@ -65,10 +65,23 @@ class Study:
 
     @property
     def banner(self) -> str:
-        """A warning to put above every figure when the study runs on its fallback data; empty otherwise."""
-        if self.dataset == self.parameters.dataset:
-            return ""
-        return f"NOT {self.parameters.dataset}: it could not be found, so these runs are on {self.dataset}."
+        """A warning to put above every figure: the study runs on its fallback data, or is rendered while some of its
+        runs have no record yet. Empty otherwise."""
+        warnings = []
+        if self.dataset != self.parameters.dataset:
+            warnings.append(
+                f"NOT {self.parameters.dataset}: it could not be found, so these runs are on {self.dataset}."
+            )
+        if self.missing:
+            known = len(self.missing) + len(self.records())
+            warnings.append(f"INCOMPLETE: {len(self.missing)} of {known} runs are not recorded yet.")
+        return " ".join(warnings)
+
+    @cached_property
+    def missing(self) -> list[RunConfig]:
+        """The runs without a record, if only records are to be read; what a training study lacks it trains."""
+        configs = [*self.configs(), *self.equal_time_configs()] if self.records_only else []
+        return [config for config in configs if self.results.read(config) is None]
 
     @property
     def source(self) -> str:
@@ -142,22 +155,24 @@ class Study:
         """Execute what is not recorded yet, side by side, and return the records of ``configs`` (default: everything).
 
         Raises:
-            ApbmError: runs failed (the others are finished and recorded first), or one is missing when only records
+            ApbmError: runs failed (the others are finished and recorded first), or none is recorded when only records
                 are to be read.
         """
         if configs is None:
             self.run(self.configs())
             configs = [*self.configs(), *self.equal_time_configs()]
         missing = [config for config in configs if self.results.read(config) is None]
-        if missing and self.records_only:
-            raise ApbmError(
-                f"{len(missing)} of {len(configs)} runs are not recorded in {self.results.path}, {missing[0].id} "
-                f"first. Run them before you render: make reproduce PROFILE={self.results.path.name} "
-                f"RESULTS={self.results.path.parent}"
-            )
+        if self.records_only:
+            if missing and len(missing) == len(configs):
+                raise ApbmError(
+                    f"none of {len(configs)} runs is recorded in {self.results.path}, neither {missing[0].id} nor the "
+                    f"others. Run them before you render: make reproduce PROFILE={self.results.path.name} "
+                    f"RESULTS={self.results.path.parent}"
+                )
+            return self.records(configs)
         if missing:
             self._execute(_spread(missing))
-        for config in configs if not self.records_only else ():
+        for config in configs:
             self.results.remove_work(config)
         return self.records(configs)
 

@@ -106,8 +106,21 @@ def test_what_is_recorded_is_not_run_again(finished, monkeypatch):
 def test_records_only_reads_and_never_trains(finished, tmp_path):
     study, records = finished
     assert Study(study.parameters, study.results.path, records_only=True).run() == records
-    with pytest.raises(ApbmError, match="10 of 10 runs are not recorded"):
+    with pytest.raises(ApbmError, match="none of 10 runs is recorded"):
         Study(study.parameters, tmp_path, records_only=True).run()
+
+
+def test_what_lacks_a_record_is_named_above_every_figure(finished, tmp_path, capsys):
+    study, records = finished
+    some = Study(study.parameters, tmp_path, records_only=True)
+    for record in records[:7]:
+        some.results.write(record)
+    assert some.run() == records[:7]
+    assert some.banner == "INCOMPLETE: 3 of 10 runs are not recorded yet."
+    report.describe(some)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.split(": ")[1].split(", ") == [record.id for record in records[7:]]
+    assert study.banner == Study(study.parameters, study.results.path, records_only=True).banner == ""
 
 
 def test_tables_from_records(finished):
