@@ -89,6 +89,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = "apbm"
     filters: str = "uniform"  # the rule that divides the target among the layers
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def all_options(self) -> dict[str, Any]:
         """The method's options in full; none for a rival."""
@@ -105,6 +106,7 @@ _SIXTH = 1 / 6  # one epoch of the beds' six
 
 _ALL = (
     Variant("scratch", "reference", "slim from scratch", method="scratch"),
+    Variant("scratch-lr-2", "reference", "slim from scratch, twice the rate", method="scratch", recipe={"lr": 0.4}),
     Variant("l1", "reference", "2 epochs dense, cut by L1", method="l1"),
     Variant("dense", "reference", "dense", method="dense"),
     Variant("dcff", "reference", "DCFF's schedule", method="dcff"),
@@ -115,6 +117,13 @@ _ALL = (
         "fusion",
         "no fusion, no score: a slice of the dense initialisation",
         {"fuse": False, "score": "order", "reselect": False},
+    ),
+    Variant(
+        "slice-lr-2",
+        "fusion",
+        "the slice, learning twice as fast",
+        {"fuse": False, "score": "order", "reselect": False},
+        {"bank_lr": 2.0},
     ),
     Variant("no-reselection", "fusion", "the first selection stays", {"reselect": False}),
     Variant("shuffled-slots", "fusion", "slots not stable", {"stable_slots": False}),
@@ -135,6 +144,7 @@ _ALL = (
     Variant("bank-2", "bank", "bank twice the layer", {"bank": 2.0}),
     Variant("orthogonal", "bank", "orthogonal initial bank", {"initial": "orthogonal"}),
     Variant("bank-lr-2", "bank", "banks learn twice as fast", options={"bank_lr": 2.0}),
+    Variant("bank-lr-4", "bank", "banks learn four times as fast", options={"bank_lr": 4.0}),
     Variant("bank-lr-half", "bank", "banks learn half as fast", options={"bank_lr": 0.5}),
     Variant("bank-no-decay", "bank", "banks without weight decay", options={"bank_decay": 0.0}),
     Variant("collapse", "bank", "banks dropped once P is frozen", options={"collapse": True}),
@@ -182,7 +192,10 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("a bank twice the layer", "bank-2", "base"),
     ("an orthogonal initial bank", "orthogonal", "base"),
     ("banks that learn twice as fast", "bank-lr-2", "base"),
+    ("banks that learn four times as fast", "bank-lr-4", "base"),
     ("banks that learn half as fast", "bank-lr-half", "base"),
+    ("twice the learning rate, for the slice alone", "slice-lr-2", "slice"),
+    ("twice the learning rate, for slim from scratch", "scratch-lr-2", "scratch"),
     ("banks without weight decay", "bank-no-decay", "base"),
     ("dropping the banks once P is frozen", "collapse", "base"),
     ("starting wide, for one epoch", "wide-1", "slice"),
@@ -194,6 +207,7 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("balanced widths, with fusion", "base-balanced", "base"),
     ("balanced widths, from scratch", "scratch-balanced", "scratch"),
     ("all of it: APBM against slim from scratch", "base", "scratch"),
+    ("all of it, both learning twice as fast", "bank-lr-2", "scratch-lr-2"),
     ("all of it, at balanced widths", "base-balanced", "scratch-balanced"),
 )
 """Each ingredient as a pair of variants that differ by it: (what, with it, without it)."""
@@ -210,6 +224,7 @@ def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[
         for name in names:
             variant, parameters = _known(name, VARIANTS, "variant"), _known(bed, BEDS, "bed")
             values = {"methods": [variant.method], "seeds": [seed], "split": "tuning", "widths": variant.filters}
+            values["recipe_overrides"] = parameters["recipe_overrides"] | variant.recipe
             if variant.method == "apbm":
                 values["options"] = {"apbm": variant.all_options()}
             (found[name, seed],) = StudyParameters.parse(parameters | values).run_configs("cifar10")
