@@ -337,15 +337,15 @@ def test_equal_time_runs_are_set_beside_those_whose_time_they_got(finished):
         (row.schedule, row.method, row.rival, row[rivals.columns.get_loc("rival's schedule") + 1]): row.difference
         for row in rivals.itertuples()
     }
-    own, slim, slim_wide = "apbm", "slim from scratch", "apbm@balanced"
+    own, slim, own_wide = "apbm", "slim from scratch", "apbm@balanced"
     assert found == {
         ("equal", own, "APBM, balanced widths", "equal"): pytest.approx(-10),
         ("equal", own, slim, "equal"): pytest.approx(10),
         ("equal", own, "L1", "equal"): pytest.approx(5),
         ("equal", own, "SWP", "equal"): pytest.approx(20),
-        ("equal", slim_wide, slim, "equal"): pytest.approx(20),
-        ("equal", slim_wide, "L1", "equal"): pytest.approx(15),
-        ("equal", slim_wide, "SWP", "equal"): pytest.approx(30),
+        ("equal", own_wide, slim, "equal"): pytest.approx(20),
+        ("equal", own_wide, "L1", "equal"): pytest.approx(15),
+        ("equal", own_wide, "SWP", "equal"): pytest.approx(30),
         ("equal-time", own, "APBM, balanced widths", "equal"): pytest.approx(15),
         ("equal-time", own, slim, "equal-time"): pytest.approx(10),
         ("equal-time", own, "L1", "equal"): pytest.approx(30),
