@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apbm_core import bench, bench_measure, lowering
-from apbm_core.bench import SECTIONS, BenchFile, file_name, main, run_sections
-from apbm_core.bench_deployment import deployment
-from apbm_core.bench_measure import Measured, Settings, Table, interleave, render_markdown, render_text, verdict
-from apbm_core.bench_profile import KINDS, kind_of, profile_step
-from apbm_core.bench_scoring import literal_importance
-from apbm_core.bench_steps import TrainingStep, fastest_step, network, random_split, recipe_for
+import apbm_core.bench.__main__ as command
+from apbm_core import lowering
+from apbm_core.bench import measure
+from apbm_core.bench.__main__ import SECTIONS, BenchFile, file_name, main, run_sections
+from apbm_core.bench.deployment import deployment
+from apbm_core.bench.measure import Measured, Settings, Table, interleave, render_markdown, render_text, verdict
+from apbm_core.bench.profile import KINDS, kind_of, profile_step
+from apbm_core.bench.scoring import literal_importance
+from apbm_core.bench.steps import TrainingStep, fastest_step, network, random_split, recipe_for
 from apbm_core.errors import ApbmError, RecordError
 from apbm_core.models import build_model
 from apbm_core.similarity import log_similarity, pairwise_distances, relative_entropy
@@ -51,7 +53,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(bench_measure, "time", clock)
+    monkeypatch.setattr(measure, "time", clock)
     return clock
 
 
@@ -170,14 +172,14 @@ def test_sections_are_printed_and_kept_as_they_end(tmp_path, monkeypatch, capsys
 
     monkeypatch.setitem(SECTIONS, "training", one)
     monkeypatch.setitem(SECTIONS, "fusion", broken)
-    monkeypatch.setattr(bench.Settings, "rough", classmethod(lambda cls, device, threads, **others: TINY))
+    monkeypatch.setattr(command.Settings, "rough", classmethod(lambda cls, device, threads, **others: TINY))
     status = main(["--quick", "--only", "training", "--only", "fusion", "--results", str(tmp_path)])
     captured = capsys.readouterr()
-    assert status == 1 and "no such luck" in captured.err and "First" in captured.out and bench.QUICK in captured.out
+    assert status == 1 and "no such luck" in captured.err and "First" in captured.out and command.QUICK in captured.out
     (path,) = tmp_path.glob("*.json")
     kept = json.loads(path.read_text())["sections"]
     assert list(kept) == ["training"] and kept["training"]["tables"][0]["rows"] == [{"v": 1.5}]
-    assert bench.QUICK in kept["training"]["tables"][0]["notes"]
+    assert command.QUICK in kept["training"]["tables"][0]["notes"]
     assert {"device", "threads", "torch", "commit", "versions"} <= kept["training"]["environment"].keys()
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from apbm_core.activations import visit_feature_maps
-from apbm_core.bench_measure import Measured, Settings, Table, interleave, verdict
-from apbm_core.bench_steps import TARGETS, fastest_step, fused_network, recipe_for
+from apbm_core.bench.measure import Measured, Settings, Table, interleave, verdict
+from apbm_core.bench.steps import TARGETS, fastest_step, fused_network, recipe_for
 from apbm_core.data import DataSplit, load_dataset
 from apbm_core.device import peak_memory_bytes
 from apbm_core.errors import DataError

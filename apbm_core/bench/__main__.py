@@ -2,7 +2,7 @@
 
     python -m apbm_core.bench [--only SECTION ...] [--quick] [--compile] [--device cpu] [--threads 2]
 
-Every number that matters is a ratio of things that took turns within this run (bench_measure says how). Each section
+Every number that matters is a ratio of things that took turns within this run (measure.py says how). Each section
 prints its tables and is kept in ``results/bench/<device>.json`` and ``.md`` at once. Measured again, it replaces its
 old self and the others stay. A quick run has files of its own.
 """
@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from apbm_core.bench_deployment import deployment
-from apbm_core.bench_measure import Settings, Table, render_markdown, render_text
-from apbm_core.bench_processes import side_by_side
-from apbm_core.bench_profile import step_profile
-from apbm_core.bench_scoring import criteria, rescoring
-from apbm_core.bench_throughput import throughput
-from apbm_core.bench_training import fusion_cost, input_pipeline
+from apbm_core.bench.deployment import deployment
+from apbm_core.bench.measure import Settings, Table, render_markdown, render_text
+from apbm_core.bench.processes import side_by_side
+from apbm_core.bench.profile import step_profile
+from apbm_core.bench.scoring import criteria, rescoring
+from apbm_core.bench.throughput import throughput
+from apbm_core.bench.training import fusion_cost, input_pipeline
 from apbm_core.device import DEVICES, pick_device
 from apbm_core.errors import ApbmError, ConfigError, RecordError
 from apbm_core.files import write_atomically

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from apbm_core.bench_measure import Measured, Settings, Table, interleave, seconds_of_one, verdict
-from apbm_core.bench_steps import TARGETS, TrainingStep, fastest_step, network, random_split, recipe_for
+from apbm_core.bench.measure import Measured, Settings, Table, interleave, seconds_of_one, verdict
+from apbm_core.bench.steps import TARGETS, TrainingStep, fastest_step, network, random_split, recipe_for
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.lowering import CLEARLY_FASTER, FEWEST_WEIGHTS, LARGEST_SIDE, ConvShape, candidates, time_convolution
 from apbm_core.precision import MARGIN, bfloat16_speedup, has_bfloat16

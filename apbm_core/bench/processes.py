@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from apbm_core.bench_measure import Measured, Settings, Table
-from apbm_core.bench_steps import fastest_step, network
+from apbm_core.bench.measure import Measured, Settings, Table
+from apbm_core.bench.steps import fastest_step, network
 
 _SECONDS = 3.0  # that the trainings run in each round
 _READY_SECONDS = 300.0

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from apbm_core.augment import Augmentation, BatchSource, evaluation_batches
-from apbm_core.bench_measure import Settings, Table, interleave, verdict
-from apbm_core.bench_steps import (
+from apbm_core.bench.measure import Settings, Table, interleave, verdict
+from apbm_core.bench.steps import (
     MEAN,
     STD,
     TrainingStep,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apbm_core.bench_measure import Settings, Table, interleave, verdict
-from apbm_core.bench_steps import TARGETS, network
+from apbm_core.bench.measure import Settings, Table, interleave, verdict
+from apbm_core.bench.steps import TARGETS, network
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.device import CompiledForward
 from apbm_core.models import prunable_convs

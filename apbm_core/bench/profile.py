@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from apbm_core.bench_measure import Settings, Table, interleave
-from apbm_core.bench_steps import TrainingStep, fastest_step, fused_network, network
+from apbm_core.bench.measure import Settings, Table, interleave
+from apbm_core.bench.steps import TrainingStep, fastest_step, fused_network, network
 from apbm_core.device import autocast, synchronize
 from apbm_core.fusion import fused_layers
 from apbm_core.lowering import lowered

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apbm_core.augment import Augmentation, BatchSource
-from apbm_core.bench_measure import Settings
+from apbm_core.bench.measure import Settings
 from apbm_core.data import DataSplit
 from apbm_core.device import CompiledForward, autocast, memory_format
 from apbm_core.fusion import FusionSettings
