@@ -21,14 +21,13 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.parameters import StudyParameters
 from apbm_core.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
 from apbm_core.study import Study
-from apbm_core.summary import mean_and_interval, verdict
+from apbm_core.summary import PAIRS_FOR_A_VERDICT, mean_and_interval, verdict
 from apbm_core.validation import closest
 
 FOLDER = "ablation"
 """Beside the profiles' folders: ``results/ablation``."""
 
 SEEDS = (10, 11, 12)
-PAIRS_FOR_A_VERDICT = 3
 
 _SMALL = {"models": ["resnet20"], "targets": {"resnet20": [0.75]}, "epochs": 6}
 # Arithmetic is fixed, so that machines differ in rounding alone.

@@ -7,10 +7,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from apbm_core.ablation import PAIRS_FOR_A_VERDICT, VARIANTS
+from apbm_core.ablation import VARIANTS
 from apbm_core.figures import COLOURS
 from apbm_core.records import RunRecord
-from apbm_core.summary import CONFIDENCE
+from apbm_core.summary import CONFIDENCE, PAIRS_FOR_A_VERDICT
 
 # Okabe and Ito's again; the references stay grey
 GROUP_COLOURS = {

@@ -9,7 +9,7 @@ import pandas as pd
 
 from apbm_core.methods import get_method
 from apbm_core.records import RunRecord
-from apbm_core.summary import label_dataset, label_model, mean_and_interval, runs_frame
+from apbm_core.summary import PAIRS_FOR_A_VERDICT, label_dataset, label_model, mean_and_interval, runs_frame
 
 CLAIMED_REMOVED = {  # percent of the parameters
     ("vgg16", "cifar10"): 92.74,
@@ -19,7 +19,6 @@ CLAIMED_REMOVED = {  # percent of the parameters
 }
 CLAIMED_RIVALS = ("hrank", "polarization", "swp")
 SUPPORTED, NOT_SUPPORTED, NOT_TESTED = "supported", "not supported", "not tested yet"
-_MINIMUM_SEEDS = 3  # METHODS section 6
 _NEAR = 0.5  # points between the target that was claimed and the one that was run
 
 
@@ -63,8 +62,8 @@ def _comparison(setting: str, words: str, rival: str, near: pd.DataFrame, column
     else:
         measured = f"{(ours / theirs).dropna().mean():.2f} times the time"
     row |= {"measured": measured, "n": len(difference)}
-    if len(difference) < _MINIMUM_SEEDS:
-        return row | {"verdict": f"{NOT_TESTED}: needs {_MINIMUM_SEEDS} seeds"}
+    if len(difference) < PAIRS_FOR_A_VERDICT:
+        return row | {"verdict": f"{NOT_TESTED}: needs {PAIRS_FOR_A_VERDICT} seeds"}
     return row | {"verdict": SUPPORTED if sign * mean > half else NOT_SUPPORTED}
 
 

@@ -12,6 +12,7 @@ from apbm_core.methods import label, ordered
 from apbm_core.records import RunRecord, read_record
 
 CONFIDENCE = 0.95
+PAIRS_FOR_A_VERDICT = 3  # METHODS section 6
 MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56", "resnet110": "ResNet110"}
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
