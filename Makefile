@@ -74,7 +74,7 @@ bench: setup ## Measure the throughput of training and the latency of the networ
 
 lab: export APBM_DATA ?= $(CURDIR)/data
 lab: setup ## Open JupyterLab on the notebooks
-	$(PY) -m jupyterlab notebooks
+	$(PY) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks
 
 lock: setup ## Take the newest packages that pyproject.toml allows and pin them in requirements.lock
 	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev,onnx]'

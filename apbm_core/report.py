@@ -46,7 +46,19 @@ def open_study(profile: str, results: str, **parameters) -> Study:
     Raises:
         ConfigError: naming each value that is unknown, of the wrong type or impossible.
     """
-    return Study(StudyParameters.parse(parameters), Path(results) / profile)
+    return Study(StudyParameters.parse(parameters), from_root(results) / profile)
+
+
+def from_root(folder: str | Path) -> Path:
+    """A folder of the repository, whose root is the nearest folder that holds ``notebooks/profiles``.
+
+    `make` starts a notebook there and JupyterLab where the notebook lies, in ``notebooks/`` or ``results/<profile>/``;
+    a relative folder means the same in all of them. Outside of the repository it is taken as it is.
+    """
+    for depth, place in enumerate((Path.cwd(), *Path.cwd().parents)):
+        if (place / "notebooks" / "profiles").is_dir():
+            return Path(*[".."] * depth, folder)
+    return Path(folder)
 
 
 def describe(study: Study) -> None:
@@ -149,7 +161,7 @@ def claims_table(study: Study, records: Sequence[RunRecord], name: str) -> Style
 
 def published_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler | None:
     """Each run beside its published record; a sentence and None where there is nothing to set beside it."""
-    published = Path(PUBLISHED) / study.results.path.name
+    published = from_root(PUBLISHED) / study.results.path.name
     if study.results.path.resolve() == published.resolve():
         print("These are the published records themselves.")
         return None

@@ -490,3 +490,19 @@ def test_runs_timed_under_other_conditions_are_named(finished, capsys):
     assert first == "3 of 4 runs on Some CPU, 1 thread a run, 2 at a time."
     assert second.startswith(f"1 of 4 runs on Some CPU, 2 threads a run, 1 at a time: {alone.id}; compare no seconds")
     assert third.endswith(f"their seconds are too many: {busy.id} (load 3.1).")
+
+
+@pytest.mark.parametrize("place", [".", "notebooks", "results/quick"])
+def test_a_notebook_finds_the_results_wherever_jupyter_starts_it(tmp_path, monkeypatch, place):
+    for folder in ("notebooks/profiles", "results/quick"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / place)
+    assert report.from_root("results/own").resolve() == tmp_path / "results" / "own"
+    assert report.from_root(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    study = report.open_study("lab", "results/own", dataset="digits", models=["resnet20"])
+    assert study.results.path.resolve() == tmp_path / "results" / "own" / "lab"
+
+
+def test_outside_of_the_repository_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report.from_root("results") == Path("results")
