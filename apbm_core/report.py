@@ -40,13 +40,17 @@ _FORMATS = {
 _PERCENT = {"target", "same class", "accuracy", "accuracy there", "accuracy here", "parameters removed", "MACs removed"}
 
 
-def open_study(profile: str, results: str, **parameters) -> Study:
+def open_study(profile: str, results: str, shows_runs: bool = True, **parameters) -> Study:
     """The study of a notebook's parameters, all of them checked.
+
+    Args:
+        profile, results: everything goes to the folder ``profile`` in ``results``, see :func:`from_root`.
+        shows_runs: False for a page of examples, which is complete without any record.
 
     Raises:
         ConfigError: naming each value that is unknown, of the wrong type or impossible.
     """
-    return Study(StudyParameters.parse(parameters), from_root(results) / profile)
+    return Study(StudyParameters.parse(parameters), from_root(results) / profile, shows_runs=shows_runs)
 
 
 def from_root(folder: str | Path) -> Path:
@@ -74,7 +78,7 @@ def describe(study: Study) -> None:
         display(HTML(f'<p style="color:#B00020;font-size:1.4em;font-weight:bold">{study.banner}</p>'))
     if study.missing:
         lines.append(f"not recorded yet: {', '.join(config.id for config in study.missing)}")
-    print("\n".join(lines))
+    print("\n".join(filter(None, lines)))
 
 
 def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:

@@ -27,12 +27,18 @@ RECORDS_ONLY = "APBM_RECORDS_ONLY"
 
 
 class Study:
-    """The runs that some parameters ask for, and the folder where their records are."""
+    """The runs that some parameters ask for, and the folder where their records are.
 
-    def __init__(self, parameters: StudyParameters, folder: str | Path, records_only: bool | None = None):
+    ``shows_runs = False`` is for a page of examples: it is complete without any record.
+    """
+
+    def __init__(
+        self, parameters: StudyParameters, folder: str | Path, records_only: bool | None = None, shows_runs: bool = True
+    ):
         self.parameters = parameters
         self.results = ResultsFolder(folder)
         self.records_only = os.environ.get(RECORDS_ONLY) == "1" if records_only is None else records_only
+        self.shows_runs = shows_runs
 
     @classmethod
     def of(cls, folder: str | Path = f"{OWN}/mine", **values: Any) -> "Study":
@@ -80,7 +86,7 @@ class Study:
     @cached_property
     def missing(self) -> list[RunConfig]:
         """The runs without a record, if only records are to be read; what a training study lacks it trains."""
-        configs = [*self.configs(), *self.equal_time_configs()] if self.records_only else []
+        configs = [*self.configs(), *self.equal_time_configs()] if self.records_only and self.shows_runs else []
         return [config for config in configs if self.results.read(config) is None]
 
     @property

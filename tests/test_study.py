@@ -503,6 +503,17 @@ def test_a_notebook_finds_the_results_wherever_jupyter_starts_it(tmp_path, monke
     assert study.results.path.resolve() == tmp_path / "results" / "own" / "lab"
 
 
+@pytest.mark.parametrize(
+    ("shows_runs", "banner"), [(True, "INCOMPLETE: 10 of 10 runs are not recorded yet."), (False, "")]
+)
+def test_a_page_of_examples_is_complete_without_records(tmp_path, monkeypatch, capsys, shows_runs, banner):
+    monkeypatch.setenv("APBM_RECORDS_ONLY", "1")
+    study = report.open_study("lab", str(tmp_path), shows_runs=shows_runs, **TINY)
+    report.describe(study)
+    assert study.banner == banner
+    assert ("not recorded yet" in capsys.readouterr().out) is shows_runs
+
+
 def test_outside_of_the_repository_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report.from_root("results") == Path("results")
