@@ -211,7 +211,7 @@ def _phases_in_order(records: Sequence[RunRecord]) -> list[str]:
     return sorted(after, key=lambda name: -after[name])
 
 
-_PLAIN_SELECTION = 0.999  # above this share of a kept filter in its fused one, nothing worth a name is mixed in
+_NEARLY_ALL = 0.99  # above this share of a kept filter in its fused one, hardly anything is mixed in
 
 
 def fusion_course(records: Sequence[RunRecord]) -> Figure:
@@ -244,14 +244,21 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
 
 
 def _fusion_finding(history: pd.DataFrame) -> str:
-    """Until when each method mixes filters, and whether its selection ever changed."""
+    """How much of a fused filter the kept one is, at first and until it is nearly all; and how many were replaced."""
     sentences = []
     for method in _methods(history):
         mean = history[history["method"] == method].groupby("epoch")[["fusion own_share", "fusion churn"]].mean()
-        mixing = mean.index[mean["fusion own_share"] < _PLAIN_SELECTION]
-        words = f"mixes filters until epoch {mixing.max()} of {mean.index.max()}" if len(mixing) else "mixes nothing"
+        share, last = mean["fusion own_share"], mean.index.max()
+        mixed = share.index[share < _NEARLY_ALL]
+        words = f"a kept filter is {100 * share.iloc[0]:.0f} % of its fused one in epoch {mean.index[0]}"
+        if not len(mixed):
+            words = "a kept filter is its fused one throughout, or nearly so"
+        elif mixed.max() < last:
+            words += f", over {100 * _NEARLY_ALL:.0f} % after epoch {mixed.max()} of {last}"
+        else:
+            words += f", {100 * share.iloc[-1]:.0f} % in epoch {last}, the last"
         replaced = 100 * mean["fusion churn"].sum()
-        sentences.append(f"{label(method)} {words} and replaces {replaced:.0f} % of the kept ones in all")
+        sentences.append(f"with {label(method)} {words}, and {replaced:.0f} % are replaced in all")
     return "; ".join(sentences)
 
 

@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
-from apbm_core import report
+from apbm_core import figures, report
 from apbm_core.counting import count_macs
 from apbm_core.device import autocast
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
@@ -490,6 +491,30 @@ def test_runs_timed_under_other_conditions_are_named(finished, capsys):
     assert first == "3 of 4 runs on Some CPU, 1 thread a run, 2 at a time."
     assert second.startswith(f"1 of 4 runs on Some CPU, 2 threads a run, 1 at a time: {alone.id}; compare no seconds")
     assert third.endswith(f"their seconds are too many: {busy.id} (load 3.1).")
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.6, 0.98, 0.995), "60 % of its fused one in epoch 1, over 99 % after epoch 2 of 3, and 30 % are replaced"),
+        ((0.2, 0.3, 0.4), "20 % of its fused one in epoch 1, 40 % in epoch 3, the last, and 30 % are replaced"),
+        ((1.0, 1.0, 0.999), "is its fused one throughout, or nearly so, and 30 % are replaced"),
+    ],
+)
+def test_the_course_of_fusion_says_how_much_is_mixed(finished, shares, words):
+    _, records = finished
+    apbm = next(record for record in records if record.config.method == "apbm")
+    rows = [
+        {
+            "phase": "train",
+            "epoch": epoch,
+            "fusion": {"own_share": share, "self_mass": 0.5, "entropy": 1.0, "churn": 0.1},
+        }
+        for epoch, share in enumerate(shares)
+    ]
+    figure = figures.fusion_course([apbm.model_copy(update={"history": rows})])
+    assert words in " ".join(figure.subfigs[0].get_suptitle().split())
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("place", [".", "notebooks", "results/quick"])
