@@ -148,8 +148,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kibibytes
 
 
+def cpu_bfloat16() -> list[str]:
+    """The processor's instruction sets that multiply in bfloat16, by torch's names."""
+    capabilities = torch.cpu.get_capabilities()
+    return [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
+
+
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What a run record says of the hardware: name, threads, torch's version and the instruction set it uses."""
+    """What a run record says of the hardware: name, threads, torch's version and the instruction sets."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -162,4 +168,5 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bfloat16": cpu_bfloat16(),
     }

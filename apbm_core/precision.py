@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from apbm_core.device import autocast, least_seconds, random_state, restore_random_state
+from apbm_core.device import autocast, cpu_bfloat16, least_seconds, random_state, restore_random_state
 
 MARGIN = 1.15  # a smaller gain could be noise, and a choice that flips would change the results
 _PROBE_LAYERS = ((64, 16), (128, 8), (256, 4))  # channels, side of the map: VGG16 and ResNets have such ones
@@ -42,8 +42,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+        return bool(cpu_bfloat16())
     return False
 
 

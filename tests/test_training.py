@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -549,6 +551,15 @@ def test_describe_device_and_peak_memory():
     before = devices.peak_memory_bytes(CPU)
     held = torch.ones(before // 4 + 5_000_000)  # more than ever was in use, so it must show
     assert held.nbytes <= devices.peak_memory_bytes(CPU) <= 1.1 * (before + held.nbytes)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel's list of a processor's flags")
+def test_the_processors_bfloat16_is_what_the_kernel_lists(monkeypatch):
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    listed = set(flags.group(1).split()) if flags else set()
+    assert set(devices.cpu_bfloat16()) == {"amx_bf16", "avx512_bf16"} & listed
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False, "avx": True})
+    assert devices.describe_device(CPU)["cpu_bfloat16"] == ["avx512_bf16"]
 
 
 class Compiler:
