@@ -93,20 +93,21 @@ def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styl
 def timing_conditions(records: Sequence[RunRecord]) -> None:
     """Say under which conditions the runs were timed, which of them were timed under others, and which were disturbed.
 
-    Seconds may be compared between runs on the same processor with as many threads and as many runs beside them; a load
-    average that is more than one above what these runs make themselves means that something else was running as well.
+    Seconds may be compared between runs on the same processor, in the same arithmetic, with as many threads and as many
+    runs beside them; a load average that is more than one above what these runs make themselves means that something
+    else was running as well.
     """
     conditions: dict[tuple, list[str]] = {}
     disturbed = []
     for record in records:
         facts = record.environment
-        key = facts["device"], facts["threads"], facts["side_by_side"]
+        key = facts["device"], facts["precision"], facts["threads"], facts["side_by_side"]
         conditions.setdefault(key, []).append(record.id)
         if facts.get("load") is not None and facts["load"] > 1 + facts["threads"] * facts["side_by_side"]:
             disturbed.append(f"{record.id} (load {facts['load']})")
     several = sorted(conditions.items(), key=lambda item: -len(item[1]))
-    for place, ((device, threads, beside), runs) in enumerate(several):
-        words = f"{device}, {threads} {'threads' if threads > 1 else 'thread'} a run, {beside} at a time"
+    for place, ((device, precision, threads, beside), runs) in enumerate(several):
+        words = f"{device}, {precision}, {threads} {'threads' if threads > 1 else 'thread'} a run, {beside} at a time"
         named = f": {', '.join(runs)}; compare no seconds with the others'" if place else ""
         print(f"{len(runs)} of {len(records)} runs on {words}{named}.")
     if disturbed:

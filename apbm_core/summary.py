@@ -17,7 +17,7 @@ MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56"
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
-_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "side by side", "id"]
+_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "precision", "side by side", "id"]
 _MEANS = ["epochs", "drop", *_COSTS]
 
 
@@ -59,6 +59,7 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "MACs removed": 100 * record.macs_removed,
                 "training seconds": record.seconds,
                 "device": record.environment["device"],
+                "precision": record.environment["precision"],
                 "side by side": record.environment["side_by_side"],
                 "id": record.id,
             }
@@ -212,7 +213,8 @@ def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def beside_published(records: Sequence[RunRecord], published: Path) -> pd.DataFrame:
-    """Each run beside the published record of the same run: accuracy in percent, training seconds, device.
+    """Each run beside the published record of the same run: accuracy in percent, training seconds, device and
+    arithmetic.
 
     An id carries a hash of the run's whole configuration, so equal ids are equal configurations. What has no published
     record is left out; the table is empty if nothing has.
@@ -230,7 +232,9 @@ def beside_published(records: Sequence[RunRecord], published: Path) -> pd.DataFr
         return pd.DataFrame()
     both = runs_frame(records).merge(runs_frame(there), on="id", suffixes=(" here", " there"))
     both["difference"] = both["accuracy here"] - both["accuracy there"]
-    pairs = [f"{column} {where}" for column in ("training seconds", "device") for where in ("there", "here")]
+    pairs = [
+        f"{column} {where}" for column in ("training seconds", "device", "precision") for where in ("there", "here")
+    ]
     return both[["id", "accuracy there", "accuracy here", "difference", *pairs]]
 
 

@@ -70,6 +70,8 @@ def test_by_default_every_published_run_is_trained_again_and_set_beside(root, ca
         "training seconds here": pytest.approx(here.seconds, rel=1e-5),
         "device there": there.environment["device"],
         "device here": here.environment["device"],
+        "precision there": there.environment["precision"],
+        "precision here": here.environment["precision"],
     }
     assert here.id in said_by_the_table(root / "results/own/tiny/01_grid.ipynb")
     assert "beside_published.csv" in (root / "results/own/tiny/README.md").read_text()
@@ -99,12 +101,16 @@ def test_each_run_is_matched_by_its_id_and_differences_are_in_points(records, tm
     dense, scratch = records
     phase = scratch.phases[0].model_copy(update={"seconds": 12.5})
     there = scratch.model_copy(
-        update={"test_accuracy": 0.25, "environment": scratch.environment | {"device": "a GPU"}, "phases": [phase]}
+        update={
+            "test_accuracy": 0.25,
+            "environment": scratch.environment | {"device": "a GPU", "precision": "bfloat16"},
+            "phases": [phase],
+        }
     )
     ResultsFolder(tmp_path).write(there)
     table = beside_published([dense, scratch], tmp_path)
     (row,) = table.to_dict("records")
-    assert row["id"] == scratch.id and row["device there"] == "a GPU"
+    assert row["id"] == scratch.id and (row["device there"], row["precision there"]) == ("a GPU", "bfloat16")
     assert row["difference"] == pytest.approx(100 * scratch.test_accuracy - 25)
     assert (row["training seconds there"], row["training seconds here"]) == (12.5, scratch.seconds)
 

@@ -480,17 +480,21 @@ def test_own_widths_that_cannot_be_are_refused(tmp_path, own, words):
 def test_runs_timed_under_other_conditions_are_named(finished, capsys):
     def record(number, **facts):
         base = finished[1][number]
-        known = {"device": "Some CPU", "threads": 1, "side_by_side": 2, "load": 2.9}
+        known = {"device": "Some CPU", "precision": "float32", "threads": 1, "side_by_side": 2, "load": 2.9}
         return base.model_copy(update={"environment": base.environment | known | facts})
 
     report.timing_conditions([record(0), record(1), record(2, load=None)])
-    assert capsys.readouterr().out == "3 of 3 runs on Some CPU, 1 thread a run, 2 at a time.\n"
+    assert capsys.readouterr().out == "3 of 3 runs on Some CPU, float32, 1 thread a run, 2 at a time.\n"
     alone, busy = record(3, side_by_side=1, threads=2), record(4, load=3.1)
     report.timing_conditions([alone, record(0), record(1), busy])
     first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "3 of 4 runs on Some CPU, 1 thread a run, 2 at a time."
-    assert second.startswith(f"1 of 4 runs on Some CPU, 2 threads a run, 1 at a time: {alone.id}; compare no seconds")
+    assert first == "3 of 4 runs on Some CPU, float32, 1 thread a run, 2 at a time."
+    assert second.startswith(
+        f"1 of 4 runs on Some CPU, float32, 2 threads a run, 1 at a time: {alone.id}; compare no seconds"
+    )
     assert third.endswith(f"their seconds are too many: {busy.id} (load 3.1).")
+    report.timing_conditions([record(0), record(1), record(2, precision="bfloat16")])
+    assert capsys.readouterr().out.splitlines()[1].startswith("1 of 3 runs on Some CPU, bfloat16, 1 thread a run")
 
 
 @pytest.mark.parametrize(
