@@ -152,13 +152,18 @@ def test_a_damaged_file_is_refused_and_kept(tmp_path, content):
     assert (tmp_path / "chip.json").read_text() == content
 
 
-def test_quick_runs_and_other_numbers_of_threads_have_files_of_their_own():
+def test_quick_runs_and_other_numbers_of_threads_or_instructions_have_files_of_their_own(monkeypatch):
+    capabilities = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     names = {
         file_name(Settings(CPU, 2), "AMD EPYC(tm) 9"),
         file_name(Settings(CPU, 4), "AMD EPYC(tm) 9"),
         file_name(Settings.rough(CPU, 2), "AMD EPYC(tm) 9"),
     }
     assert names == {"amd-epyc-tm-9-2-threads", "amd-epyc-tm-9-4-threads", "amd-epyc-tm-9-2-threads-quick"}
+    capabilities |= {"amx_bf16": True, "avx512_bf16": True}
+    assert file_name(Settings(CPU, 2), "Intel Xeon") == "intel-xeon-amx-bf16-2-threads"
+    assert file_name(Settings(torch.device("cuda"), 2), "NVIDIA H100") == "nvidia-h100"
 
 
 def test_sections_are_printed_and_kept_as_they_end(tmp_path, monkeypatch, capsys):

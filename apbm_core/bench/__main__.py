@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from apbm_core.bench.profile import step_profile
 from apbm_core.bench.scoring import criteria, rescoring
 from apbm_core.bench.throughput import throughput
 from apbm_core.bench.training import fusion_cost, input_pipeline
-from apbm_core.device import DEVICES, pick_device
+from apbm_core.device import DEVICES, cpu_bfloat16, pick_device
 from apbm_core.errors import ApbmError, ConfigError, RecordError
 from apbm_core.files import write_atomically
 from apbm_core.runs import environment
@@ -85,7 +85,7 @@ class BenchFile:
             lines += ["", f"## {name}", ""]
             lines += [f"{QUICK}", ""] if section["quick"] else []
             lines.append(
-                f"{facts['device']} ({facts['cpu_capability']}), {facts['threads']} threads; Python {facts['python']}, "
+                f"{facts['device']} ({_instructions(facts)}), {facts['threads']} threads; Python {facts['python']}, "
                 f"{versions}; commit {facts['commit'][:12]}{'+changes' * facts['commit'].endswith('+changes')}; "
                 f"{section['measured']}, {section['seconds']:.0f} s; load before: {facts['load_before']}."
             )
@@ -103,7 +103,7 @@ def run_sections(names: Sequence[str], settings: Settings, folder: str | Path) -
     facts = environment(settings.device) | {"load_before": _load()}
     facts["versions"] = facts["versions"] | _optional_versions()
     file = BenchFile(folder, file_name(settings, facts["device"]))
-    print(f"{facts['device']} ({facts['cpu_capability']}), {settings.threads} threads, torch {facts['torch']}")
+    print(f"{facts['device']} ({_instructions(facts)}), {settings.threads} threads, torch {facts['torch']}")
     print(f"Cells read: median (quartiles over the rounds).{' ' + QUICK if settings.quick else ''}")
     for name in names:
         started = time.perf_counter()
@@ -121,8 +121,10 @@ def run_sections(names: Sequence[str], settings: Settings, folder: str | Path) -
 
 
 def file_name(settings: Settings, device: str) -> str:
-    """Such as ``amd-epyc-2-threads``: ratios change with the threads, so each number has its file."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or settings.device.type
+    """Such as ``amd-epyc-2-threads`` or ``intel-xeon-amx-bf16-2-threads``: ratios change with the threads, and with
+    instructions that processors of one name may or may not have, so each has its file."""
+    chip = " ".join([device, *cpu_bfloat16()[:1]]) if settings.device.type == "cpu" else device
+    slug = re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-") or settings.device.type
     threads = f"-{settings.threads}-threads" if settings.device.type == "cpu" else ""
     return f"{slug}{threads}{'-quick' if settings.quick else ''}"
 
@@ -150,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"\nWritten: {file.path} and {file.path.with_suffix('.md').name}")
     return 0
+
+
+def _instructions(facts: Mapping[str, Any]) -> str:
+    return ", ".join([facts["cpu_capability"], *facts.get("cpu_bfloat16", ())])
 
 
 def _load() -> str:
