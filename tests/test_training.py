@@ -120,7 +120,7 @@ def test_history_holds_what_it_says():
         assert row["lr"] == learning_rate(RECIPE, (row["epoch"] * STEPS + STEPS - 1) / (EPOCHS * STEPS))
         assert 0 <= row["train_accuracy"] <= 1
         assert row["images_per_second"] == pytest.approx(30 / row["seconds"])
-    measured = evaluate(model, split.val, split.mean, split.std)
+    measured = evaluate(model, split.val, split.mean, split.std, precision="float32")
     last = result.history[-1]
     assert (last["val_accuracy"], last["val_loss"]) == (measured.accuracy, measured.loss)
     assert sum(row["seconds"] for row in result.history) == pytest.approx(result.seconds)
@@ -143,7 +143,7 @@ def test_evaluate_is_the_naive_loop_and_restores_every_modules_mode():
     model.train()
     model[1].eval()  # a frozen BatchNorm in a training model
     modes = [module.training for module in model.modules()]
-    measured = evaluate(model, images, mean, std, batch_size=10)
+    measured = evaluate(model, images, mean, std, batch_size=10, precision="float32")
     assert [module.training for module in model.modules()] == modes
     model.eval()
     losses, hits = [], 0
