@@ -1,6 +1,5 @@
 """The figures of 05_ablation: what each ingredient is worth, what it costs, and how much is fused when."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -8,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from apbm_core.ablation import VARIANTS
-from apbm_core.figures import COLOURS
+from apbm_core.figures import COLOURS, in_lines
 from apbm_core.records import RunRecord
 from apbm_core.summary import CONFIDENCE, PAIRS_FOR_A_VERDICT
 
@@ -83,7 +82,7 @@ def on_and_off(table: pd.DataFrame) -> Figure:
     axis.set_xlabel(f"points of held-out accuracy, with it minus without it, paired by seed; {CONFIDENCE:.0%} interval")
     helps, hurts = (list(table[table["verdict"] == word]["ingredient"]) for word in ("above", "below"))
     sentence = f"Shown to help: {'; '.join(helps) or 'nothing'}. To hurt: {'; '.join(hurts) or 'nothing'}."
-    figure.suptitle(textwrap.fill(sentence, 110), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(in_lines(sentence, 110), x=0.01, ha="left", fontsize=11)
     return figure
 
 

@@ -238,7 +238,7 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
             axis.set_xlabel("epoch")
             axis.set_title(title, fontsize=10, loc="left")
         axes[0].legend(fontsize=8)
-        words = textwrap.fill(f"{label_model(model)}: {_fusion_finding(part)}", 150)
+        words = in_lines(f"{label_model(model)}: {_fusion_finding(part)}", 150)
         row.suptitle(words, x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -269,7 +269,12 @@ def _line(method: str) -> str:
 
 def _title(axis: Axes, words: str, width: int) -> None:
     """What a panel found, in lines of so many characters, for a long one would run into the next panel."""
-    axis.set_title(textwrap.fill(words, width), loc="left", fontsize=10)
+    axis.set_title(in_lines(words, width), loc="left", fontsize=10)
+
+
+def in_lines(words: str, width: int) -> str:
+    """``words`` in lines of at most ``width`` characters, a number and its percent sign on one of them."""
+    return textwrap.fill(words.replace(" %", "\N{NO-BREAK SPACE}%"), width).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _legend(figure: Figure, axes: Iterable[Axes], title: str | None = None) -> None:

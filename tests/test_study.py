@@ -497,6 +497,13 @@ def test_runs_timed_under_other_conditions_are_named(finished, capsys):
     assert capsys.readouterr().out.splitlines()[1].startswith("1 of 3 runs on Some CPU, bfloat16, 1 thread a run")
 
 
+def test_a_title_breaks_between_words_but_not_before_a_percent_sign():
+    words = "in the same time: APBM 87.9 %, slim from scratch 88.2 %"
+    for width in range(12, 60):
+        lines = figures.in_lines(words, width).split("\n")
+        assert " ".join(lines) == words and all(len(line) <= width and line[0] != "%" for line in lines)
+
+
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
