@@ -213,8 +213,8 @@ def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 
 def beside_published(records: Sequence[RunRecord], published: Path) -> pd.DataFrame:
-    """Each run beside the published record of the same run: accuracy in percent, training seconds, device and
-    arithmetic.
+    """Each run beside the published record of the same run: accuracy in percent, training seconds, device,
+    precision.
 
     An id carries a hash of the run's whole configuration, so equal ids are equal configurations. What has no published
     record is left out; the table is empty if nothing has.
