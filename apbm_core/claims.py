@@ -52,15 +52,20 @@ def _removal(setting: str, removed: float, here: pd.DataFrame, near: pd.DataFram
 
 def _comparison(setting: str, words: str, rival: str, near: pd.DataFrame, column: str, sign: int) -> dict:
     row = {"claim": f"{words} {get_method(rival).label}", "setting": setting, "n": 0}
-    ours, theirs = (_of(near, name).set_index("seed")[column] for name in ("apbm", rival))
-    difference = (ours - theirs).dropna()
-    if difference.empty:
+    both = _of(near, "apbm").merge(_of(near, rival), on="seed", suffixes=("", " of rival"))
+    if both.empty:
         return row | {"measured": "no pair of runs", "verdict": NOT_TESTED}
+    if column == "training seconds":
+        both = both[both["timed on"] == both["timed on of rival"]]
+        if both.empty:
+            return row | {"measured": "no pair of runs timed under equal conditions", "verdict": NOT_TESTED}
+    ours, theirs = both[column], both[f"{column} of rival"]
+    difference = ours - theirs
     mean, half = mean_and_interval(difference.tolist())
     if column == "accuracy":
         measured = f"{mean:+.2f} points" + (f" (± {half:.2f})" if len(difference) > 1 else "")
     else:
-        measured = f"{(ours / theirs).dropna().mean():.2f} times the time"
+        measured = f"{(ours / theirs).mean():.2f} times the time"
     row |= {"measured": measured, "n": len(difference)}
     if len(difference) < PAIRS_FOR_A_VERDICT:
         return row | {"verdict": f"{NOT_TESTED}: needs {PAIRS_FOR_A_VERDICT} seeds"}
@@ -68,5 +73,5 @@ def _comparison(setting: str, words: str, rival: str, near: pd.DataFrame, column
 
 
 def _of(frame: pd.DataFrame, method: str) -> pd.DataFrame:
-    columns = ["method", "seed", "accuracy", "training seconds", "parameters removed", "drop"]
+    columns = ["method", "seed", "accuracy", "training seconds", "parameters removed", "drop", "timed on"]
     return frame[frame["method"] == method] if len(frame) else pd.DataFrame(columns=columns)

@@ -108,6 +108,19 @@ class RunRecord(BaseModel):
         """Training time: all phases, shared ones included in full."""
         return sum(phase.seconds for phase in self.phases)
 
+    @property
+    def timed_on(self) -> str:
+        """Under which conditions the seconds were measured; only between equal ones may they be compared.
+
+        The processor (one name covers some with and some without bfloat16 instructions), the arithmetic, the threads,
+        and how many runs shared the machine.
+        """
+        facts = self.environment
+        instructions = facts.get("cpu_bfloat16") if facts["precision"] == "bfloat16" else None
+        arithmetic = f"{facts['precision']} ({', '.join(instructions)})" if instructions else facts["precision"]
+        threads = f"{facts['threads']} {'threads' if facts['threads'] > 1 else 'thread'} a run"
+        return f"{facts['device']}, {arithmetic}, {threads}, {facts['side_by_side']} at a time"
+
 
 class ResultsFolder:
     """``results/<profile>``: ``runs/*.json``, ``networks/*.safetensors``, and ``work/`` for what is under way."""

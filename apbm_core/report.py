@@ -14,7 +14,7 @@ from apbm_core.claims import claims_frame
 from apbm_core.files import write_atomically
 from apbm_core.methods import label
 from apbm_core.parameters import StudyParameters
-from apbm_core.records import PUBLISHED, RunRecord
+from apbm_core.records import PUBLISHED, RunConfig, RunRecord
 from apbm_core.runs import environment
 from apbm_core.study import Study
 from apbm_core.summary import (
@@ -93,21 +93,18 @@ def summary_table(study: Study, records: Sequence[RunRecord], name: str) -> Styl
 def timing_conditions(records: Sequence[RunRecord]) -> None:
     """Say under which conditions the runs were timed, which of them were timed under others, and which were disturbed.
 
-    Seconds may be compared between runs on the same processor, in the same arithmetic, with as many threads and as many
-    runs beside them; a load average that is more than one above what these runs make themselves means that something
-    else was running as well.
+    A load average that is more than one above what these runs make themselves means that something else was running as
+    well.
     """
-    conditions: dict[tuple, list[str]] = {}
+    conditions: dict[str, list[str]] = {}
     disturbed = []
     for record in records:
         facts = record.environment
-        key = facts["device"], facts["precision"], facts["threads"], facts["side_by_side"]
-        conditions.setdefault(key, []).append(record.id)
+        conditions.setdefault(record.timed_on, []).append(record.id)
         if facts.get("load") is not None and facts["load"] > 1 + facts["threads"] * facts["side_by_side"]:
             disturbed.append(f"{record.id} (load {facts['load']})")
     several = sorted(conditions.items(), key=lambda item: -len(item[1]))
-    for place, ((device, precision, threads, beside), runs) in enumerate(several):
-        words = f"{device}, {precision}, {threads} {'threads' if threads > 1 else 'thread'} a run, {beside} at a time"
+    for place, (words, runs) in enumerate(several):
         named = f": {', '.join(runs)}; compare no seconds with the others'" if place else ""
         print(f"{len(runs)} of {len(records)} runs on {words}{named}.")
     if disturbed:
@@ -115,7 +112,10 @@ def timing_conditions(records: Sequence[RunRecord]) -> None:
 
 
 def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None:
-    """For each network and target all methods and dense, the best accuracy first, with the time by phase."""
+    """For each network and target all methods and dense, the best accuracy first, with the time by phase.
+
+    A column *timed alike* is there only if some runs were timed under other conditions than most.
+    """
     phases = phase_columns(records)
     table = points(runs_frame(records)).join(phases, on=phases.index.names)
     columns = ["method", "schedule", "epochs", "accuracy", "interval", "n", "drop", "parameters", "MACs",
@@ -123,6 +123,8 @@ def target_tables(study: Study, records: Sequence[RunRecord], name: str) -> None
     for (model, target), group in table[table["target"] > 0].groupby(["model", "target"], sort=False):
         dense = table[(table["model"] == model) & (table["target"] == 0)]
         rows = pd.concat([dense, group]).sort_values("accuracy", ascending=False)
+        if not rows["timed alike"].all():
+            columns = [*columns, "timed alike"]
         rows = rows[[*columns, *rows[phases.columns].dropna(axis="columns", how="all")]]
         words = f"{label_model(model)}, {target:.4g} % of the {study.parameters.by} to remove"
         display(_shown(study, rows, f"{name}_{model}_{target:.4g}").set_caption(words))
@@ -134,10 +136,22 @@ def rivals_table(study: Study, records: Sequence[RunRecord], name: str) -> Style
 
 
 def equal_time_note(study: Study) -> None:
-    """Say which runs stand for their own equal-time runs, because the time that is given holds as many epochs."""
+    """Say which runs stand for their own equal-time runs, because the time that is given holds as many epochs, and
+    which have none, because that time was measured under other conditions."""
     for config in study.equal_time_stand_ins():
-        run = f"{label_model(config.model)}, {100 * config.target:.4g} %, {label(config.method)}, seed {config.seed}"
-        print(f"{run}: L1's time holds {config.epochs} epochs, as at equal epochs, so that run answers both questions.")
+        print(
+            f"{_run(config)}: L1's time holds {config.epochs} epochs, as at equal epochs, so that run answers both "
+            "questions."
+        )
+    for record, reference in study.without_equal_time():
+        print(
+            f"{_run(record.config)}: no equal-time run, for its seconds cannot be compared with L1's. It was timed on "
+            f"{record.timed_on}; L1 on {reference.timed_on}. Delete one of the two records and run it beside the other."
+        )
+
+
+def _run(config: RunConfig) -> str:
+    return f"{label_model(config.model)}, {100 * config.target:.4g} %, {label(config.method)}, seed {config.seed}"
 
 
 def phase_table(study: Study, records: Sequence[RunRecord], name: str) -> Styler:

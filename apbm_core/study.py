@@ -133,29 +133,36 @@ class Study:
         """Runs from scratch with as many epochs as fit into the training time of l1's record, pre-training counted.
 
         Runs with widths of their own have none, nor has one that would have as many epochs as at equal epochs: it
-        would be the same run.
+        would be the same run. Nor has one whose seconds cannot be compared with l1's: see :meth:`without_equal_time`.
         """
-        return [config for config in self._equal_time() if config.epochs != self.parameters.epochs]
+        planned = [_with_time_of(reference, record) for record, reference in self._with_references()]
+        return [config for config in planned if config is not None and config.epochs != self.parameters.epochs]
 
     def equal_time_stand_ins(self) -> list[RunConfig]:
         """Runs at equal epochs that are their own equal-time runs, for l1's time holds as many epochs."""
-        same = [config for config in self._equal_time() if config.epochs == self.parameters.epochs]
+        planned = [_with_time_of(reference, record) for record, reference in self._with_references()]
+        same = [config for config in planned if config is not None and config.epochs == self.parameters.epochs]
         return [config.model_copy(update={"schedule": "equal"}) for config in same]
 
-    def _equal_time(self) -> list[RunConfig]:
+    def without_equal_time(self) -> list[tuple[RunRecord, RunRecord]]:
+        """(run, l1's run): records from scratch whose equal-time run is unknown, since l1's seconds were measured under
+        other conditions."""
+        return [(run, reference) for run, reference in self._with_references() if run.timed_on != reference.timed_on]
+
+    def _with_references(self) -> list[tuple[RunRecord, RunRecord]]:
+        """The records that equal-time runs follow from, each with l1's record that gives the time."""
         if "equal-time" not in self.parameters.schedules:
             return []
         records = self.records(self.configs())
         shared = self.parameters.widths
         records = [r for r in records if r.config.widths == shared and r.config.schedule == "equal"]
         references = {(r.config.model, r.config.target, r.config.seed): r for r in records if r.config.method == "l1"}
-        configs = []
+        pairs = []
         for record in records:
             reference = references.get((record.config.model, record.config.target, record.config.seed))
             if reference is not None and "equal-time" in get_method(record.config.method).schedules:
-                epochs = max(1, int(reference.seconds / (record.seconds / record.config.epochs)))
-                configs.append(record.config.model_copy(update={"schedule": "equal-time", "epochs": epochs}))
-        return configs
+                pairs.append((record, reference))
+        return pairs
 
     def run(self, configs: Sequence[RunConfig] | None = None) -> list[RunRecord]:
         """Execute what is not recorded yet, side by side, and return the records of ``configs`` (default: everything).
@@ -203,6 +210,14 @@ class Study:
             bug = next((error for error in failed.values() if not isinstance(error, ApbmError)), None)
             reasons = "\n".join(f"  {name}: {type(error).__name__}: {error}" for name, error in failed.items())
             raise ApbmError(f"{len(failed)} of {len(jobs)} runs failed; the others are recorded.\n{reasons}") from bug
+
+
+def _with_time_of(reference: RunRecord, record: RunRecord) -> RunConfig | None:
+    """``record``'s run with as many epochs as fit into ``reference``'s time; None if their seconds do not compare."""
+    if record.timed_on != reference.timed_on:
+        return None
+    epochs = max(1, int(reference.seconds / (record.seconds / record.config.epochs)))
+    return record.config.model_copy(update={"schedule": "equal-time", "epochs": epochs})
 
 
 def _spread(configs: list[RunConfig]) -> list[RunConfig]:

@@ -17,7 +17,7 @@ MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56"
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
-_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "precision", "side by side", "id"]
+_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "precision", "timed on", "timed alike", "id"]
 _MEANS = ["epochs", "drop", *_COSTS]
 
 
@@ -36,6 +36,7 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds. Networks
     come in the order of the records.
 
+    *timed alike*: under the conditions that most of the network's runs were timed under.
     Without records the frame is empty, but has its columns.
     The accuracy is the test set's, or the validation images' for a tuning run.
     """
@@ -60,12 +61,14 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "training seconds": record.seconds,
                 "device": record.environment["device"],
                 "precision": record.environment["precision"],
-                "side by side": record.environment["side_by_side"],
+                "timed on": record.timed_on,
                 "id": record.id,
             }
         )
     frame = pd.DataFrame(rows, columns=_RUN).assign(drop=math.nan)
     if not frame.empty:
+        usual = frame.groupby("model")["timed on"].agg(lambda column: column.mode().iloc[0])
+        frame["timed alike"] = frame["timed on"] == frame["model"].map(usual)
         frame["method"] = pd.Categorical(frame["method"], ordered(frame["method"]))
         dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
         keys = pd.MultiIndex.from_frame(frame[["model", "dataset"]])
@@ -77,6 +80,13 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
             ignore_index=True,
         )
     return frame
+
+
+def timed_alike(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those records whose seconds were measured under the conditions that most of their network's were."""
+    frame = runs_frame(records)
+    ids = set(frame["id"][frame["timed alike"].astype(bool)])
+    return [record for record in records if record.id in ids]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -96,10 +106,10 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
         mean, half_width = mean_and_interval(group["accuracy"].tolist())
         rows.append(
             dict(zip(POINT, key, strict=True))
-            | {"accuracy": mean, "interval": half_width, "n": len(group)}
+            | {"accuracy": mean, "interval": half_width, "n": len(group), "timed alike": group["timed alike"].all()}
             | group[_MEANS].mean().to_dict()
         )
-    return pd.DataFrame(rows, columns=[*POINT, "accuracy", "interval", "n", *_MEANS])
+    return pd.DataFrame(rows, columns=[*POINT, "accuracy", "interval", "n", "timed alike", *_MEANS])
 
 
 def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
@@ -108,6 +118,8 @@ def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
     At equal epochs all have the same schedule. ``method``'s equal-time runs are set beside the other equal-time runs,
     and beside the equal-epochs runs of rivals that have none: those the time was measured by. With widths of its own
     (``method@rule``) it is set beside all, too.
+
+    The time ratio is of the pairs that were timed under equal conditions, and NaN without any.
     """
     rows = []
     keys = ["model", "dataset", "target"]
@@ -131,6 +143,7 @@ def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict | None:
     if both.empty:
         return None
     mean, half_width = mean_and_interval((both["accuracy"] - both["accuracy of rival"]).tolist())
+    timed = both[both["timed on"] == both["timed on of rival"]]
     return {
         "schedule": both["schedule"].iloc[0],
         "method": both["method"].iloc[0],
@@ -139,7 +152,7 @@ def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict | None:
         "difference": mean,
         "interval": half_width,
         "n": len(both),
-        "time ratio": (both["training seconds"] / both["training seconds of rival"]).mean(),
+        "time ratio": (timed["training seconds"] / timed["training seconds of rival"]).mean(),
         "MACs ratio": (both["MACs"] / both["MACs of rival"]).mean(),
         "verdict": verdict(mean, half_width, len(both)),
     }
@@ -164,6 +177,7 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "target": 100 * record.config.target,
                 "schedule": record.config.schedule,
                 "seed": record.config.seed,
+                "id": record.id,
                 "phase": phase.name,
                 "epochs": phase.epochs,
                 "seconds": phase.seconds,
