@@ -78,6 +78,7 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
         advice = f"your own are in {OWN}: make report RESULTS={OWN}" if has_own else f"first run: {command}"
         raise ConfigError(f"{displayed(study.folder, study.root)} holds no recorded runs to report on; {advice}")
     finished: list[str] = []
+    warned: set[str] = set()
     index = study.folder / "index.html"
     package = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": package, "PYTHONHASHSEED": "0", study_module.RECORDS_ONLY: str(int(records_only))}
@@ -87,7 +88,7 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
         remove_stale_temporaries(study.results, older_than=60)  # shared with other profiles' reproductions
         for source in study.notebooks:
             try:
-                seconds = _run(study, source)
+                seconds = _run(study, source, warned)
             except KeyboardInterrupt:
                 raise StudyInterrupted(_how_to_go_on(study, source, finished)) from None
             finally:
@@ -128,8 +129,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _run(study: Study, source: Source) -> float:
-    """Execute one notebook and publish it; return the seconds it took."""
+def _run(study: Study, source: Source, warned: set[str]) -> float:
+    """Execute one notebook, publish it and repeat its warnings, but for those in ``warned``; return the seconds it
+    took."""
     start = time.perf_counter()
     aside = study.folder / ".executing" / source.path.name
     failed = study.folder / "failed" / source.path.name
@@ -162,6 +164,10 @@ def _run(study: Study, source: Source) -> float:
     page = render.to_html(notebook, source.name, study.folder)  # before anything is replaced: it may fail as well
     write_atomically(study.folder / source.path.name, render.to_text(notebook))
     write_atomically(study.folder / f"{source.name}.html", page)
+    for line in render.warnings_in(notebook):
+        if line not in warned:  # several notebooks have the same to say of the data
+            warned.add(line)
+            print(f"{source.name}: {line}", flush=True)
     failed.unlink(missing_ok=True)
     if failed.parent.is_dir() and not any(failed.parent.iterdir()):
         failed.parent.rmdir()

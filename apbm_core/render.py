@@ -87,6 +87,13 @@ def to_html(notebook: nbformat.NotebookNode, name: str, folder: Path) -> str:
     return page
 
 
+def warnings_in(notebook: nbformat.NotebookNode) -> list[str]:
+    """The lines that a cleaned notebook's cells wrote to standard error."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    streams = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+    return [line for text in streams for line in text.splitlines() if line.strip()]
+
+
 def write_index(folder: Path, profile: str, description: str) -> Path:
     """Write README.md and index.html into ``folder`` (results/<profile>): what is there and which runs it is made of.
 

@@ -5,6 +5,7 @@ records = study.run()
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -66,7 +67,7 @@ class Study:
             _load(wanted)
             return wanted
         except DataError as error:
-            print(f"{error}\nUsing {fallback} instead.")
+            print(f"{error}\nUsing {fallback} instead.", file=sys.stderr)
             return fallback
 
     @property
@@ -112,7 +113,7 @@ class Study:
             if not self.records_only:
                 raise
             data = _load("digits")
-            print(f"{self.dataset} is not here; this example uses the digits.")
+            print(f"{self.dataset} is not here; this example uses the digits.", file=sys.stderr)
         most = min(len(data.train_images), self.parameters.train_subset or len(data.train_images))
         return data.split("final", train_subset=min(images, most), test_subset=self.parameters.test_subset)
 

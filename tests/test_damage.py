@@ -252,7 +252,7 @@ def test_damaged_data_are_not_hidden_by_the_fallback(data, tmp_path, capsys):
     DATA_FAULTS["truncated parquet"][0](data)
     again = tiny(tmp_path / "grid", dataset="cifar10", fallback="digits")
     assert again.dataset == "digits" and again.banner.startswith("NOT cifar10")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"{data} is not a readable Parquet file" in said and "Using digits instead." in said
 
 

@@ -123,7 +123,8 @@ def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, cap
         "index.html",
     }
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["01_noisy", "02_fragile", "Open"]
+    assert lines[0] == "01_noisy: <cell>:7: UserWarning: careful"  # what a page warns of is said on the console, too
+    assert [line.split()[0] for line in lines[2:]] == ["01_noisy", "02_fragile", "Open"]
     assert lines[-1] == "Open results/own/tiny/index.html"
 
     notebook = nbformat.reads(first["tiny/01_noisy.ipynb"].decode(), as_version=4)
@@ -154,6 +155,16 @@ def test_a_run_leaves_notebooks_pages_and_an_index_the_same_every_time(root, cap
     assert notebooks.main(arguments, root) == 0
     second = contents(root / "results/own")
     assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_what_two_notebooks_warn_of_is_repeated_once(root, capsys):
+    warn = "import sys; print('cifar10 is not here', file=sys.stderr); print('an ordinary line')"
+    for name in ("01_noisy", "02_fragile"):
+        write_notebook(root, name, "lr = 0.1\n", warn)
+    assert notebooks.main(["run", "--profile", "tiny"], root) == 0
+    said = capsys.readouterr().out
+    assert said.count("cifar10 is not here") == said.count("01_noisy: cifar10 is not here\n") == 1
+    assert "an ordinary line" not in said
 
 
 def test_a_failed_notebook_stands_aside_and_the_good_one_stays(root, capsys):
