@@ -9,6 +9,7 @@ So the beds train on part of the images, and all the others judge.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.parameters import StudyParameters
 from apbm_core.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
 from apbm_core.study import Study
-from apbm_core.summary import PAIRS_FOR_A_VERDICT, mean_and_interval, verdict
+from apbm_core.summary import PAIRS_FOR_A_VERDICT, mean_and_interval, timed_alike, verdict
 from apbm_core.validation import closest
 
 FOLDER = "ablation"
@@ -251,15 +252,18 @@ def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
 def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:
     """One row a variant: mean held-out accuracy, and its difference to the reference, paired by seed.
 
-    Accuracies in percent, differences in points; intervals are Student's at 95 %, NaN for one seed.
+    Accuracies in percent, differences in points; intervals are Student's at 95 %, NaN for one seed. Seconds are of the
+    runs that were timed under the conditions that most were, NaN for a variant without any.
     """
     rows = []
+    comparable = {record.id for record in timed_alike(list(records.values()))}
     for variant in _ALL:
         mine = {seed: record for (name, seed), record in records.items() if name == variant.name}
         if not mine:
             continue
         accuracy = {seed: 100 * record.val_accuracy for seed, record in mine.items()}
         mean, half = mean_and_interval(list(accuracy.values()))
+        seconds = [record.seconds for record in mine.values() if record.id in comparable]
         pairs = [
             value - 100 * records[reference, seed].val_accuracy
             for seed, value in accuracy.items()
@@ -279,8 +283,8 @@ def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratc
                 "pairs": len(pairs),
                 "parameters removed": 100 * next(iter(mine.values())).parameters_removed,
                 "MACs removed": sum(100 * record.macs_removed for record in mine.values()) / len(mine),
-                "training seconds": sum(record.seconds for record in mine.values()) / len(mine),
-                "fastest seconds": min(record.seconds for record in mine.values()),
+                "training seconds": sum(seconds) / len(seconds) if seconds else math.nan,
+                "fastest seconds": min(seconds, default=math.nan),
             }
         )
     return pd.DataFrame(rows)

@@ -91,10 +91,11 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
 
     Only the landmarks are named, and the variants that are more accurate than every faster one.
     The time is the fastest run's, for other work on the machine can only lengthen one; intervals are in
-    :func:`differences`. Variants with fewer seeds than the others are left out: means over other seeds mislead.
+    :func:`differences`. Variants with fewer seeds than the others are left out: means over other seeds mislead. So are
+    those timed under other conditions only.
     """
     rows = table if names is None else table[table["variant"].isin(names)]
-    rows = rows[rows["n"] == rows["n"].max()]
+    rows = rows[(rows["n"] == rows["n"].max()) & rows["fastest seconds"].notna()]
     figure, axis = plt.subplots(figsize=(8.6, 4.6))
     for group, part in rows.groupby("ingredient", sort=False):
         axis.plot(part["fastest seconds"] / 60, part["accuracy"], "o", color=GROUP_COLOURS[group], ms=6, label=group)

@@ -2,13 +2,14 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 from scipy import stats
 
-from apbm_core import ablation
+from apbm_core import ablation, ablation_figures
 from apbm_core.errors import ConfigError
 from apbm_core.methods.apbm import Options
-from apbm_core.records import RunRecord
+from apbm_core.records import PhaseRecord, RunRecord
 
 
 def test_every_variant_is_a_different_run_on_every_bed():
@@ -31,7 +32,10 @@ def test_a_variant_changes_only_what_it_names():
     assert changed == base
 
 
-def record(bed: str, name: str, seed: int, accuracy: float) -> RunRecord:
+CONDITIONS = {"device": "Some CPU", "precision": "float32", "threads": 1, "side_by_side": 2}
+
+
+def record(bed: str, name: str, seed: int, accuracy: float, seconds: float = 1.0, **conditions) -> RunRecord:
     config = ablation.configs(bed, [name], [seed])[name, seed]
     return RunRecord(
         id=config.id,
@@ -44,9 +48,9 @@ def record(bed: str, name: str, seed: int, accuracy: float) -> RunRecord:
         dense_parameters=100,
         dense_macs=100,
         widths={},
-        phases=[],
+        phases=[PhaseRecord(name="train", seconds=seconds)],
         history=[],
-        environment={},
+        environment=CONDITIONS | conditions,
         started="",
         finished="",
     )
@@ -70,6 +74,26 @@ def test_the_table_pairs_seeds_with_the_reference():
     assert table.loc["scratch", "difference"] == 0 and table.loc["base", "parameters removed"] == 75
     alone = ablation.table({("base", 10): records["base", 10]}).set_index("variant")
     assert math.isnan(alone.loc["base", "difference"]) and alone.loc["base", "pairs"] == 0
+
+
+def test_seconds_of_another_machine_are_not_averaged_in():
+    there = {"device": "Another CPU"}
+    runs = [
+        ("base", 10, 60.0, {}),
+        ("base", 11, 80.0, {}),
+        ("base", 13, 70.0, {}),
+        ("base", 12, 9.0, there),
+        ("slice", 10, 9.0, there),
+    ]
+    records = {
+        (name, seed): record("resnet20", name, seed, 0.7, seconds, **other) for name, seed, seconds, other in runs
+    }
+    table = ablation.table(records).set_index("variant")
+    assert tuple(table.loc["base", ["training seconds", "fastest seconds", "n"]]) == (70, 60, 4)
+    assert table.loc["slice", ["training seconds", "fastest seconds"]].isna().all()
+    figure = ablation_figures.accuracy_against_cost(table.reset_index())
+    assert figure.axes[0].get_title(loc="left") == "The most accurate, base, takes 1.0 times the shortest time"
+    plt.close(figure)
 
 
 def test_an_unknown_variant_or_bed_is_named(capsys):
