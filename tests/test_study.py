@@ -481,6 +481,7 @@ def test_runs_timed_under_other_conditions_are_named(finished, capsys):
     def record(number, **facts):
         base = finished[1][number]
         known = {"device": "Some CPU", "precision": "float32", "threads": 1, "side_by_side": 2, "load": 2.9}
+        known["cpu_bfloat16"] = []  # on whatever processor the test runs
         return base.model_copy(update={"environment": base.environment | known | facts})
 
     report.timing_conditions([record(0), record(1), record(2, load=None)])
