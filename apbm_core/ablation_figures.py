@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from apbm_core.ablation import VARIANTS
-from apbm_core.figures import COLOURS, in_lines
+from apbm_core.figure_style import COLOURS, in_lines
 from apbm_core.records import RunRecord
 from apbm_core.summary import CONFIDENCE, PAIRS_FOR_A_VERDICT
 

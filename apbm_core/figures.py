@@ -1,17 +1,16 @@
 """Every plot the notebooks show. Each takes records, and its title says what they found."""
 
-import io
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from apbm_core.files import write_atomically
-from apbm_core.methods import NAMES, label, ordered
+from apbm_core.figure_style import colour, in_lines, line_style, marker, set_title, shared_legend
+from apbm_core.figure_style import save as save  # the notebooks take the whole set from here
+from apbm_core.figure_style import use_style as use_style
+from apbm_core.methods import label, ordered
 from apbm_core.records import RunRecord
 from apbm_core.summary import (
     history_frame,
@@ -22,66 +21,6 @@ from apbm_core.summary import (
     runs_frame,
     timed_alike,
 )
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, and three more; APBM gets the strongest.
-COLOURS = {
-    "dense": "#444444",
-    "apbm": "#D55E00",
-    "dcff": "#E69F00",
-    "scratch": "#000000",
-    "hrank": "#0072B2",
-    "polarization": "#CC79A7",
-    "swp": "#009E73",
-    "l1": "#56B4E9",
-    "fpgm": "#8C6D31",
-    "random": "#999999",
-}
-MARKERS = dict(zip(NAMES, "_oDsv^Pp*X", strict=True))
-OWN_COLOURS = ("#332288", "#882255", "#117733", "#AA4499", "#6699CC", "#661100")  # for the user's own (Tol's "muted")
-OWN_MARKERS = "<>8dH"
-_own: dict[str, int] = {}  # the user's methods in the order in which they were first drawn
-STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "savefig.bbox": "tight",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-
-
-def colour(method: str) -> str:
-    """A method's colour, the same in every figure; the user's own methods get those that are left."""
-    method = method.partition("@")[0]  # with other widths it is still the same method
-    return COLOURS.get(method) or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
-
-
-def marker(method: str) -> str:
-    """A method's mark, likewise; with other widths than the others' a cross of its own."""
-    if "@" in method:
-        return "H" if method.startswith("apbm@") else "x"
-    return MARKERS.get(method) or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
-
-
-def use_style() -> None:
-    """Apply the study's look to all figures that follow."""
-    plt.rcParams.update(STYLE)
-
-
-def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Figure:
-    """Write ``folder/figures/<name>.png``, with the banner across the top if there is one; return the figure."""
-    if banner:
-        figure.suptitle(banner, color="#B00020", fontweight="bold")
-    path = Path(folder) / "figures" / f"{name}.png"
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})  # without a version: equal figures, equal files
-    write_atomically(path, picture.getvalue())
-    return figure
 
 
 def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
@@ -100,8 +39,8 @@ def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
         else:
             _list_of_methods(left, part)
         _curves(right, part, "MACs removed")
-        _title(left, f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", 110)
-    _legend(figure, axes[:, 1])
+        set_title(left, f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", 110)
+    shared_legend(figure, axes[:, 1])
     return figure
 
 
@@ -121,10 +60,10 @@ def accuracy_against_time(records: Sequence[RunRecord]) -> Figure:
                     hollow = schedule == "equal-time"
                     minutes = marks["training seconds"] / 60
                     _points(axis, minutes, marks, method, joined=False, hollow=hollow, faint=not alike)
-        _title(axis, f"{label_model(model)}, {_dataset(part)}: {_time_finding(part)}", 60)
+        set_title(axis, f"{label_model(model)}, {_dataset(part)}: {_time_finding(part)}", 60)
         axis.set_xlabel(f"training time of the run (minutes; {_marks_of_time(part)})")
         axis.set_ylabel("test accuracy (%)")
-    _legend(figure, axes[0])
+    shared_legend(figure, axes[0])
     return figure
 
 
@@ -165,7 +104,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
                     100 * line["train_accuracy"],
                     color=colour(method),
                     lw=1.4,
-                    ls=_line(method),
+                    ls=line_style(method),
                     label=label(method) if first else None,
                 )
                 axis.plot(
@@ -177,10 +116,10 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
                 )
         best = final["accuracy"].idxmax()
         name, accuracy = label(final.loc[best, "method"]), final.loc[best, "accuracy"]
-        _title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
+        set_title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
         axis.set_xlabel("epoch, all phases counted")
         axis.set_ylabel("training accuracy (%), marks: test")
-    _legend(figure, axes[0])
+    shared_legend(figure, axes[0])
     return figure
 
 
@@ -216,9 +155,9 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
         left_out = f" (without {others}, timed under other conditions)" if others else ""
         axis.set_xlabel(f"minutes a run{left_out}")
         words = f"{label(order[0])} trains longest, {left.max() / left.min():.1f} times {label(order[-1])}"
-        _title(axis, f"{label_model(model)}: {words}", 60)
+        set_title(axis, f"{label_model(model)}: {words}", 60)
         axis.grid(axis="y", visible=False)
-    _legend(figure, axes[0], title="phase")
+    shared_legend(figure, axes[0], title="phase")
     return figure
 
 
@@ -253,7 +192,7 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
         for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
             for method in _methods(part):
                 line = part[part["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
-                style = {"color": colour(method), "marker": marker(method), "ls": _line(method)}
+                style = {"color": colour(method), "marker": marker(method), "ls": line_style(method)}
                 axis.plot(line.index, line, label=label(method), **style)
             axis.set_xlabel("epoch")
             axis.set_title(title, fontsize=10, loc="left")
@@ -280,30 +219,6 @@ def _fusion_finding(history: pd.DataFrame) -> str:
         replaced = 100 * mean["fusion churn"].sum()
         sentences.append(f"with {label(method)} {words}, and {replaced:.0f} % are replaced in all")
     return "; ".join(sentences)
-
-
-def _line(method: str) -> str:
-    """A method's line: with other widths than the others' it is dashed."""
-    return "--" if "@" in method else "-"
-
-
-def _title(axis: Axes, words: str, width: int) -> None:
-    """What a panel found, in lines of so many characters, for a long one would run into the next panel."""
-    axis.set_title(in_lines(words, width), loc="left", fontsize=10)
-
-
-def in_lines(words: str, width: int) -> str:
-    """``words`` in lines of at most ``width`` characters, a number and its percent sign on one of them."""
-    return textwrap.fill(words.replace(" %", "\N{NO-BREAK SPACE}%"), width).replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _legend(figure: Figure, axes: Iterable[Axes], title: str | None = None) -> None:
-    """One legend for several panels, beside them; what is drawn in several of them is named once."""
-    named = {}
-    for axis in axes:
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
-            named.setdefault(text, handle)
-    figure.legend(named.values(), named.keys(), fontsize=8, title=title, loc="outside right center")
 
 
 def _curves(axis: Axes, part: pd.DataFrame, removed: str) -> None:
