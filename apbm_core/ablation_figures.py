@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from apbm_core.ablation import VARIANTS
 from apbm_core.figure_style import COLOURS, in_lines
@@ -101,16 +103,34 @@ def accuracy_against_cost(table: pd.DataFrame, names: Sequence[str] | None = Non
         axis.plot(part["fastest seconds"] / 60, part["accuracy"], "o", color=GROUP_COLOURS[group], ms=6, label=group)
     ahead = rows.sort_values(["fastest seconds", "accuracy"], ascending=[True, False])
     ahead = ahead[ahead["accuracy"] == ahead["accuracy"].cummax()]  # no faster one is as accurate
-    for _, row in rows[rows["variant"].isin(_LANDMARKS) | rows["variant"].isin(ahead["variant"])].iterrows():
-        axis.annotate(row["variant"], (row["fastest seconds"] / 60, row["accuracy"]), (5, 3),
-                      textcoords="offset points", fontsize=7)  # fmt: skip
     best, cheapest = rows.loc[rows["accuracy"].idxmax()], rows.loc[rows["fastest seconds"].idxmin()]
     ratio = best["fastest seconds"] / cheapest["fastest seconds"]
     axis.set_title(f"The most accurate, {best['variant']}, takes {ratio:.1f} times the shortest time", loc="left")
     axis.set_xlabel("training time of a variant's fastest run (minutes)")
     axis.set_ylabel(f"held-out accuracy (%), n = {rows['n'].max()}")
     axis.legend(fontsize=8, title="ingredient", loc="center left", bbox_to_anchor=(1, 0.5))
+    named = rows[rows["variant"].isin(_LANDMARKS) | rows["variant"].isin(ahead["variant"])]
+    points = {row["variant"]: (row["fastest seconds"] / 60, row["accuracy"]) for _, row in named.iterrows()}
+    _name_points(axis, points, list(zip(rows["fastest seconds"] / 60, rows["accuracy"], strict=True)))
     return figure
+
+
+def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]], marks: Sequence[tuple[float, float]]) -> None:
+    """A name beside each point, on the first of its sides where it covers no mark, other name or axis."""
+    axis.figure.draw_without_rendering()  # from here on the axis knows where its points are
+    inside = axis.get_window_extent()
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in axis.transData.transform(marks)]
+    sides = [(6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (0, 9, "center"), (0, -15, "center")]
+    for name, point in points.items():
+        for right, up, alignment in sides:
+            place = {"xytext": (right, up), "textcoords": "offset points", "horizontalalignment": alignment}
+            text = axis.annotate(name, point, fontsize=7, **place)
+            box = text.get_window_extent()
+            free = inside.x0 < box.x0 and not any(box.overlaps(other) for other in taken)
+            if free or (right, up, alignment) == sides[-1]:
+                break  # crowded on all sides: a name that covers something is better than none
+            text.remove()
+        taken.append(box)
 
 
 def courses(records: Records, names: Sequence[str]) -> Figure:

@@ -1,5 +1,6 @@
 """The ablation's variants are what they say, and its table pairs what belongs together."""
 
+import itertools
 import math
 
 import matplotlib.pyplot as plt
@@ -94,6 +95,19 @@ def test_seconds_of_another_machine_are_not_averaged_in():
     figure = ablation_figures.accuracy_against_cost(table.reset_index())
     assert figure.axes[0].get_title(loc="left") == "The most accurate, base, takes 1.0 times the shortest time"
     plt.close(figure)
+
+
+def test_names_of_points_that_lie_close_do_not_cover_each_other():
+    names = ["base", "scratch", "slice", "no-fusion", "l1", "dcff"]
+    rows = {(name, 10): record("resnet20", name, 10, 0.7 + i / 1e3, 60 + i) for i, name in enumerate(names)}
+    rows["bank-lr-4", 10] = record("resnet20", "bank-lr-4", 10, 0.72, 90)
+    figure = ablation_figures.accuracy_against_cost(ablation.table(rows))
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
+    plt.close(figure)
+    assert set(boxes) >= set(names)
+    crossing = [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    assert not crossing
 
 
 def test_an_unknown_variant_or_bed_is_named(capsys):
