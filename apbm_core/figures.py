@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from apbm_core.figure_style import colour, in_lines, line_style, marker, set_title, shared_legend
 from apbm_core.figure_style import save as save  # the notebooks take the whole set from here
@@ -193,8 +194,11 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
             for method in _methods(part):
                 line = part[part["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
                 style = {"color": colour(method), "marker": marker(method), "ls": line_style(method)}
-                axis.plot(line.index, line, label=label(method), **style)
+                axis.plot(line.index, line, label=label(method), clip_on=False, **style)  # marks at zero stay whole
             axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            # shares from 0 on, so that the networks' rows can be compared and no line at zero lies amid negative ones
+            axis.set_ylim(bottom=0, top=1.05 if quantity.endswith(("share", "mass")) else max(0.05, axis.get_ylim()[1]))
             axis.set_title(title, fontsize=10, loc="left")
         axes[0].legend(fontsize=8)
         words = in_lines(f"{label_model(model)}: {_fusion_finding(part)}", 150)
@@ -282,7 +286,7 @@ def _points(
         markerfacecolor="none" if hollow else colour(method),
         lw=2.2 if emphasis else 1.2,
         ls="-" if joined and len(line) > 1 else "none",
-        zorder=4 if emphasis else 3,
+        zorder=5 if marker(method) == "x" else 4 if emphasis else 3,  # a thin cross hides nothing, but is hidden
         alpha=0.35 if faint else None,
         label=None if hollow else f"{label(method)} (n={line['n'].min()})",
     )
@@ -299,6 +303,9 @@ def _dense_band(axis: Axes, part: pd.DataFrame, span: Callable, line: Callable) 
     line(row["accuracy"], color=colour("dense"), lw=1.2, ls="--", label=f"dense (n={row['n']})")
 
 
+_NAMED_IN_A_TIE = 3  # more names than that make no title
+
+
 def _finding(part: pd.DataFrame) -> str:
     """The one sentence that a row of curves supports, at the target most methods share."""
     pruned = part[part["method"] != "dense"]
@@ -308,8 +315,10 @@ def _finding(part: pd.DataFrame) -> str:
     there = pruned[pruned["target"] == target]
     highest = there["accuracy"].max()
     best = there[there["accuracy"] > highest - 0.1]  # less than the sentence shows is no lead
-    leader = label(best["method"].iloc[0]) + " leads" if len(best) == 1 else f"{len(best)} methods tie"
-    sentence = f"at {target:.4g} % removed {leader} with {highest:.1f} %"
+    names = [label(method) for method in best.sort_values("accuracy", ascending=False)["method"]]
+    leader = f"{names[0]} leads" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} tie"
+    leader = leader if len(names) <= _NAMED_IN_A_TIE else f"{len(names)} methods tie"
+    sentence = f"at {target:.4g} % removed, {leader} with {highest:.1f} %"
     apbm, scratch = (there[there["method"] == name]["accuracy"] for name in ("apbm", "scratch"))
     if len(apbm) and len(scratch):
         sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"

@@ -116,13 +116,13 @@ def test_figures_of_time_set_apart_what_was_timed_elsewhere(by_method):
 
 
 def test_a_lead_that_the_title_cannot_show_is_a_tie(by_method):
-    def title(apbm, scratch):
-        accuracies = {"apbm": apbm, "scratch": scratch}
+    def title(**accuracies):
         records = [by_method[name].model_copy(update={"test_accuracy": value}) for name, value in accuracies.items()]
         figure = figures.accuracy_curves(records)
         words = figure.axes[0].get_title(loc="left").replace("\n", " ")
         plt.close(figure)
         return words
 
-    assert "2 methods tie with 89.1 %" in title(0.8906, 0.8905)
-    assert "APBM leads with 89.1 %" in title(0.8906, 0.8889)
+    assert "APBM and slim from scratch tie with 89.1 %" in title(apbm=0.8906, scratch=0.8905)
+    assert "APBM leads with 89.1 %" in title(apbm=0.8906, scratch=0.8889)
+    assert "4 methods tie with 89.1 %" in title(apbm=0.8906, scratch=0.8905, l1=0.8904, hrank=0.8903)
