@@ -34,8 +34,10 @@ class StudyParameters(BaseModel):
     )
     by: Literal["params", "macs"] = Field("params", description="what the targets are shares of")
     widths: str = Field("uniform", description="'uniform' keep ratio, 'balanced', or a published vector's name")
-    own_widths: dict[str, str] = Field(
-        default_factory=dict, description="methods that run with a rule of their own, too: {'apbm': 'balanced'}"
+    own_widths: dict[str, dict[str, str]] = Field(
+        default_factory=dict,
+        description="for each network the methods that run with a rule of their own, too: "
+        "{'vgg16': {'apbm': 'balanced'}}",
     )
     epochs: int = Field(3, ge=1, le=100_000, description="total epochs of every run, pre-training counted")
     schedules: list[Literal["equal", "published", "equal-time"]] = Field(
@@ -104,7 +106,7 @@ class StudyParameters(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_known(self):
-        for name in (*self.models, *self.targets):
+        for name in (*self.models, *self.targets, *self.own_widths):
             if name not in MODELS:
                 raise ValueError(f"there is no network {name!r}{closest(name, MODELS)} Allowed: {', '.join(MODELS)}.")
         for name in (*self.methods, *self.options):
@@ -122,7 +124,23 @@ class StudyParameters(BaseModel):
             raise ValueError(
                 f"there are no widths {self.widths!r}{closest(self.widths, known)} Allowed: {', '.join(known)}."
             )
-        for name, rule in self.own_widths.items():
+        self._check_own_widths()
+        for model in self.models if self.widths not in SOLVERS else ():
+            if len(self.targets.get(model, [])) > 1:
+                raise ValueError(
+                    f"the widths {self.widths!r} are one network, so give one target for {model}, not "
+                    f"{self.targets[model]}."
+                )
+        return self
+
+    def _check_own_widths(self) -> None:
+        for model in self.own_widths:
+            if model not in self.models:
+                raise ValueError(
+                    f"own_widths names {model!r}, which is not among the networks of this study: "
+                    f"{', '.join(self.models)}. Add it to models or leave it out."
+                )
+        for name, rule in ((name, rule) for own in self.own_widths.values() for name, rule in own.items()):
             if name not in self.methods or get_method(name).starts_from == "sparse" or name == "dense":
                 able = [m for m in self.methods if get_method(m).starts_from != "sparse" and m != "dense"]
                 raise ValueError(
@@ -134,13 +152,6 @@ class StudyParameters(BaseModel):
                     f"own_widths gives {name} the rule {rule!r}{closest(rule, SOLVERS)} Allowed: "
                     f"{', '.join(other for other in SOLVERS if other != self.widths)}."
                 )
-        for model in self.models if self.widths not in SOLVERS else ():
-            if len(self.targets.get(model, [])) > 1:
-                raise ValueError(
-                    f"the widths {self.widths!r} are one network, so give one target for {model}, not "
-                    f"{self.targets[model]}."
-                )
-        return self
 
     def run_configs(self, dataset: str, methods: Iterable[str] | None = None) -> list[RunConfig]:
         """Every run of the grid on ``dataset``, the equal-time ones aside: their length follows from records."""
@@ -154,7 +165,8 @@ class StudyParameters(BaseModel):
                     for schedule in self.schedules:
                         if schedule == "equal-time" or schedule not in method.schedules:
                             continue
-                        rules = [self.widths, *([own] if (own := self.own_widths.get(method.name)) else [])]
+                        own = self.own_widths.get(model, {}).get(method.name)
+                        rules = [self.widths, *([own] if own else [])]
                         for share, rule in itertools.product(shares, rules):
                             self._check_target(model, dataset, share, rule)
                             configs.append(

@@ -444,7 +444,9 @@ def test_dense_counts_come_from_the_models(finished):
 
 def test_a_method_with_widths_of_its_own_is_a_series_of_its_own(finished, tmp_path):
     _, records = finished
-    study = tiny(tmp_path, methods=["apbm", "scratch", "l1"], own_widths={"apbm": "balanced", "l1": "balanced"})
+    study = tiny(
+        tmp_path, methods=["apbm", "scratch", "l1"], own_widths={"resnet20": {"apbm": "balanced", "l1": "balanced"}}
+    )
     configs = study.configs()
     assert [(c.method, c.widths) for c in configs] == [
         ("apbm", "uniform"), ("apbm", "balanced"), ("scratch", "uniform"), ("l1", "uniform"), ("l1", "balanced"),
@@ -474,7 +476,25 @@ def test_a_method_with_widths_of_its_own_is_a_series_of_its_own(finished, tmp_pa
 )
 def test_own_widths_that_cannot_be_are_refused(tmp_path, own, words):
     with pytest.raises(ConfigError, match=words):
-        tiny(tmp_path, methods=["dense", "apbm", "swp"], own_widths=own)
+        tiny(tmp_path, methods=["dense", "apbm", "swp"], own_widths={"resnet20": own})
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("resnet2", "no network 'resnet2'; did you mean 'resnet20'"), ("vgg16", "'vgg16', which is not among the")],
+)
+def test_own_widths_for_another_network_are_refused(tmp_path, model, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny(tmp_path, methods=["dense", "apbm"], own_widths={model: {"apbm": "balanced"}})
+
+
+def test_own_widths_are_one_networks(tmp_path):
+    models, targets = ["resnet20", "resnet56"], {"resnet20": [0.5], "resnet56": [0.5]}
+    own = {"resnet56": {"apbm": "balanced"}}
+    configs = tiny(tmp_path, methods=["apbm"], models=models, targets=targets, own_widths=own).configs()
+    assert [(c.model, c.widths) for c in configs] == [
+        ("resnet20", "uniform"), ("resnet56", "uniform"), ("resnet56", "balanced"),
+    ]  # fmt: skip
 
 
 def test_runs_timed_under_other_conditions_are_named(finished, capsys):
