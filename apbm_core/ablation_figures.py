@@ -121,6 +121,7 @@ def _name_points(axis: Axes, points: Mapping[str, tuple[float, float]], marks: S
     inside = axis.get_window_extent()
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in axis.transData.transform(marks)]
     sides = [(6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (0, 9, "center"), (0, -15, "center")]
+    sides += [(-3, 20, "left"), (-3, -26, "left")]  # farther off, for a point at the left edge
     for name, point in points.items():
         for right, up, alignment in sides:
             place = {"xytext": (right, up), "textcoords": "offset points", "horizontalalignment": alignment}
