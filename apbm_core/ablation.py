@@ -92,15 +92,43 @@ class Variant:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def all_options(self) -> dict[str, Any]:
-        """The method's options in full; none for a rival."""
+        """The method's options: APBM's in full, a rival's as far as they differ from its defaults."""
         if self.method != "apbm":
-            return {}
+            return dict(self.options)
         return {**BASE, **self.options, "settings": {**BASE["settings"], **self.settings}}
 
 
 def _tau(start: float, end: float, freeze: float) -> dict[str, Any]:
     return {"schedule": {"kind": "annealed", "start": start, "end": end, "freeze": freeze, "scale_free": True}}
 
+
+_SLICE = {"fuse": False, "score": "order", "reselect": False}
+
+# The same peak rate for the whole network; 0.2 is the recipe's, whose runs stand among the other variants.
+_RATES = (
+    *(
+        Variant(
+            f"scratch-rate-{rate}", "rate", f"slim from scratch, rate {rate}", method="scratch", recipe={"lr": rate}
+        )
+        for rate in (0.1, 0.8)
+    ),
+    *(
+        Variant(
+            f"fan-in-rate-{rate}",
+            "rate",
+            f"slim from scratch, drawn at the dense fan-in, rate {rate}",
+            method="scratch",
+            options={"fan_in": "dense"},
+            recipe={"lr": rate},
+        )
+        for rate in (0.1, 0.2, 0.4, 0.8)
+    ),
+    *(
+        Variant(f"slice-rate-{rate}", "rate", f"the slice, rate {rate}", _SLICE, recipe={"lr": rate})
+        for rate in (0.1, 0.4, 0.8)
+    ),
+    *(Variant(f"base-rate-{rate}", "rate", f"base, rate {rate}", recipe={"lr": rate}) for rate in (0.1, 0.4, 0.8)),
+)
 
 _SIXTH = 1 / 6  # one epoch of the beds' six
 
@@ -116,13 +144,13 @@ _ALL = (
         "slice",
         "fusion",
         "no fusion, no score: a slice of the dense initialisation",
-        {"fuse": False, "score": "order", "reselect": False},
+        _SLICE,
     ),
     Variant(
         "slice-lr-2",
         "fusion",
         "the slice, learning twice as fast",
-        {"fuse": False, "score": "order", "reselect": False},
+        _SLICE,
         {"bank_lr": 2.0},
     ),
     Variant("no-reselection", "fusion", "the first selection stays", {"reselect": False}),
@@ -165,6 +193,7 @@ _ALL = (
         "2 stages, entropy widths",
         options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
     ),
+    *_RATES,
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
@@ -225,8 +254,8 @@ def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[
             variant, parameters = _known(name, VARIANTS, "variant"), _known(bed, BEDS, "bed")
             values = {"methods": [variant.method], "seeds": [seed], "split": "tuning", "widths": variant.filters}
             values["recipe_overrides"] = parameters["recipe_overrides"] | variant.recipe
-            if variant.method == "apbm":
-                values["options"] = {"apbm": variant.all_options()}
+            if variant.all_options():
+                values["options"] = {variant.method: variant.all_options()}
             (found[name, seed],) = StudyParameters.parse(parameters | values).run_configs("cifar10")
     return found
 

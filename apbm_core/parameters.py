@@ -12,6 +12,7 @@ from apbm_core.device import DEVICES, pick_device
 from apbm_core.errors import ConfigError
 from apbm_core.methods import NAMES, Method, get_method
 from apbm_core.models import MODELS, check_training_side
+from apbm_core.options import stated
 from apbm_core.recipes import Recipe, get_recipe
 from apbm_core.records import RunConfig
 from apbm_core.validation import closest, validated
@@ -191,7 +192,7 @@ class StudyParameters(BaseModel):
 
     def _options(self, method: Method) -> dict[str, Any]:
         given = validated(method.Options, self.options.get(method.name, {}), f"the options of {method.name}")
-        return given.model_dump(mode="json")
+        return stated(given)
 
     def _check_crops(self, dataset: str, recipe: Recipe) -> None:
         side = known_side(dataset)

@@ -23,6 +23,7 @@ from apbm_core.hooks import Context
 from apbm_core.methods import get_method
 from apbm_core.models import build_model
 from apbm_core.networks import save_compact, widths_of
+from apbm_core.options import completed
 from apbm_core.records import ResultsFolder, RunConfig, RunRecord
 from apbm_core.task import Task
 from apbm_core.validation import validated
@@ -60,7 +61,7 @@ def _carry_out(
 ) -> RunRecord:
     started = _now()
     method = get_method(config.method)
-    options = validated(method.Options, config.options, f"the options of {config.method}")
+    options = validated(method.Options, completed(method.Options, config.options), f"the options of {config.method}")
     dataset = _dataset(config.dataset)
     split = dataset.split(config.split, config.seed, config.train_subset, config.test_subset)
     task = Task(config, split, results, options, device, lambda phase, context: say(_describe(phase, context)))
