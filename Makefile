@@ -19,7 +19,7 @@ KNOBS   = PYTHON PROFILE RESULTS PARAMS ONLY TESTS WORKERS
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(v)))),$(v)))
 $(foreach v,$(filter-out $(KNOBS),$(GIVEN)),$(error there is no variable $(v); the variables are: $(KNOBS)))
 
-STUDY = $(PY) -m apbm_core.notebooks
+STUDY = $(PY) -m apbm_core.study.pages.runner
 # PARAMS is read by the shell: a value with spaces is quoted, PARAMS="epochs=3 'targets={vgg16: [0.9]}'".
 OPTIONS = --profile '$(PROFILE)' $(if $(RESULTS),--results '$(RESULTS)') \
           $(foreach n,$(ONLY),--only '$(n)') $(PARAMS)
@@ -70,7 +70,7 @@ format: setup ## Format the sources, and repair what the style check can repair
 	$(PY) -m ruff format .
 
 bench: setup ## Measure the throughput of training and the latency of the networks on this machine
-	$(PY) -m apbm_core.bench
+	$(PY) -m apbm_core.study.bench
 
 lab: export APBM_DATA ?= $(CURDIR)/data
 lab: setup ## Open JupyterLab on the notebooks

@@ -8,8 +8,9 @@ Three verbs for any network::
     net = apbm_core.compact(slim)  # plain nn.Conv2d network, same logits
 """
 
+from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ApbmError
-from apbm_core.fusion import FusionSettings, collapse, rescore
-from apbm_core.surgery import compact, fuse, prunable_layers, slim
+from apbm_core.fusion import FusionSettings
+from apbm_core.surgery import prunable_layers, slim
 
 __all__ = ["ApbmError", "FusionSettings", "collapse", "compact", "fuse", "prunable_layers", "rescore", "slim"]

@@ -1,6 +1,6 @@
 r"""Filter fusion: the layer computes with m mixtures of its n filters, and all n of them keep learning.
 
-This is the second idea of the paper (Qu, Zhang and Wang 2022, APBM), in DCFF's form (METHODS sections 1 and 2).
+This is the second idea of the paper (Qu, Zhang and Wang 2022, APBM), in DCFF's form (methods.md 1 and 2).
 A fused convolution owns a *bank* ``W`` of n filters but works with m of them,
 
 .. math:: \tilde W = P W, \qquad P_{kj} = p_{s_k j}, \qquad \partial L/\partial W = P^T \, \partial L/\partial \tilde W
@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from apbm_core import similarity
 from apbm_core.errors import ConfigError
-from apbm_core.schedules import AnnealedTau, Schedule
+from apbm_core.temperature import AnnealedTau, Schedule
 
 _ONE_HOT = 1e-6  # a row with less than this outside the kept filter is that filter, to float32's accuracy
 
@@ -227,54 +227,6 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FilterFusio
             for parametrization in module.parametrizations.weight:
                 if isinstance(parametrization, FilterFusion):
                     yield name, module, parametrization
-
-
-def rescore(model: nn.Module, progress: float) -> FusionReport:
-    """Score all filters again and renew every fusion; call it before each epoch (or every few steps).
-
-    A layer whose schedule is frozen is scored once more and then left as it is, at no cost.
-
-    Args:
-        model: a network made by :func:`apbm_core.fuse`.
-        progress: the share of the training that is done, in [0, 1].
-
-    Raises:
-        ConfigError: ``progress`` is outside [0, 1], the network has no fused layer, or a bank is not finite.
-    """
-    if not 0 <= progress <= 1:
-        raise ConfigError(f"progress {progress} is outside [0, 1]; pass epoch / epochs.")
-    layers = list(fused_layers(model))
-    if not layers:
-        raise ConfigError("the network has no fused layer; make one with apbm_core.fuse(model, example_inputs, keep).")
-    return FusionReport(
-        progress,
-        {name: fusion.rescore(conv.parametrizations.weight.original, progress) for name, conv, fusion in layers},
-    )
-
-
-@torch.no_grad()
-def collapse(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Where P is frozen for good, make the fused filters the weight, in place: what trains on is the slim network.
-
-    The forward pass stays the same to rounding, and so does the optimizer's momentum, which is fused alike; banks and
-    P cost nothing from then on. What differs is the course of the training: a bank spreads a gradient over all the
-    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone,
-    and so are those with gains, whose lengths are parameters of their own.
-
-    Args:
-        model: a network made by :func:`apbm_core.fuse`.
-        optimizer: the one that holds the banks, if it has taken a step.
-    """
-    for _, conv, fusion in fused_layers(model):
-        if not fusion.is_frozen or fusion.is_collapsed or fusion.gain is not None:
-            continue
-        bank = conv.parametrizations.weight.original
-        state = optimizer.state.get(bank, {}) if optimizer else {}
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == bank.shape:
-                state[name] = fusion(value).clone()
-        bank.data, bank.grad = fusion(bank).clone(), None
-        fusion.shrink()
 
 
 def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix: str, *_) -> None:

@@ -64,7 +64,7 @@ def pairwise_distances(weight: Tensor, metric: str = "euclidean") -> Tensor:
 def scale_free(distance: Tensor) -> Tensor:
     """Distances in units of the layer's mean distance between two different filters, shape (n, n).
 
-    With it a temperature means the same in every layer, whatever the filters' norms (METHODS section 1, point 1).
+    With it a temperature means the same in every layer, whatever the filters' norms (methods.md 1, point 1).
     A layer whose filters are all alike has no such unit and is returned as it is: all zeros.
     """
     n = distance.shape[0]
@@ -101,7 +101,7 @@ def relative_entropy(log_p: Tensor) -> Tensor:
 
     .. math:: S_i = \sum_k \sum_j p_{ij} (L_{ij} - L_{kj}) = n \sum_j p_{ij} (L_{ij} - m_j),
 
-    which costs O(n^2) where the literal sum costs O(n^3). It is METHODS section 1's ``-n H_i - p_i . c`` with the two
+    which costs O(n^2) where the literal sum costs O(n^3). It is ``-n H_i - p_i . c`` (methods.md 1) with the two
     large terms subtracted before they are multiplied by p, so that nothing cancels when all rows are nearly alike.
     """
     return log_p.shape[0] * (log_p.exp() * (log_p - log_p.mean(0))).sum(1)

@@ -9,18 +9,15 @@ surgery is checked by a forward pass, so that a network is either changed rightl
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch_pruning.ops import OPTYPE
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.forward_checks import check_still_runs, count_calls, refuse_parametrized, refuse_wrapped
-from apbm_core.fusion import FilterFusion, FusionSettings, fit_saved_shape, fused_layers
-from apbm_core.widths import parse_keep
+from apbm_core.forward import check_still_runs, count_calls, refuse_parametrized, refuse_wrapped
 
 _OUT = torch_pruning.prune_conv_out_channels
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.PReLU)
@@ -69,106 +66,14 @@ def slim(model: nn.Module, example_inputs: Tensor, keep: Mapping[str, Sequence[i
         ConfigError: an unknown name, an index out of range or given twice, or an empty list.
         UnsupportedNetwork: a named convolution's filters cannot be removed alone, or the network does not run without.
     """
-    return _slim(model, example_inputs, keep, why_not_prunable(model, example_inputs))[0]
+    return slim_with_inputs(model, example_inputs, keep, why_not_prunable(model, example_inputs))[0]
 
 
-def fuse(
-    model: nn.Module,
-    example_inputs: Tensor,
-    keep: float | Mapping[str, float | int] = 0.5,
-    settings: FusionSettings | None = None,
-    ignore: Collection[str] = (),
-) -> nn.Module:
-    """A physically small copy of ``model`` whose convolutions fuse banks of the dense width (APBM, METHODS section 1).
-
-    Train it with your own loop, calling :func:`apbm_core.rescore` once an epoch, then :func:`compact` it. The bank of a
-    layer holds the model's own n filters on the inputs that are left, so a pre-trained model's knowledge stays.
-
-    Args:
-        model: any network of ``nn.Conv2d`` convolutions; not modified.
-        example_inputs: one batch the network accepts, on the model's device.
-        keep: the share of filters each prunable convolution keeps, in (0, 1]; or name -> share or number of filters,
-            and then only those layers are fused.
-        settings: how to score and fuse; APBM's defaults if None.
-        ignore: names of convolutions to leave as they are.
-
-    Returns:
-        The slim network. The layers that are not prunable (see :func:`why_not_prunable`) are as they were.
-
-    Raises:
-        ConfigError: a share outside (0, 1], a number of filters outside 1..n, or an unknown layer name.
-        UnsupportedNetwork: a named layer cannot be fused, or none can; the message says why.
-    """
-    settings = settings or FusionSettings()
-    reasons = why_not_prunable(model, example_inputs)
-    modules = dict(model.named_modules())
-    _check_names(ignore, reasons)
-    if isinstance(keep, Mapping):
-        _check_names(keep, reasons)
-        wanted = {name: keep[name] for name in reasons if name in keep and name not in ignore}
-    else:
-        wanted = {name: keep for name, reason in reasons.items() if reason is None and name not in ignore}
-    for name in wanted:
-        if reasons[name] is not None:
-            raise UnsupportedNetwork(f"layer {name!r} cannot be fused: {reasons[name]}.")
-    if not wanted:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4] if reason)
-        raise UnsupportedNetwork(
-            f"no convolution of this {type(model).__name__} can be fused on its own ({why or 'it has no nn.Conv2d'}). "
-            "Networks whose blocks have inner convolutions, such as VGG, ResNet or DenseNet, can."
-        )
-
-    fusions = {}
-    for name, share in wanted.items():
-        weight = modules[name].weight
-        kept = parse_keep(share, len(weight), name)
-        fusions[name] = FilterFusion(round(settings.bank * len(weight)), kept, settings).to(weight)
-        fusions[name].choose(weight, progress=0.0)
-    small, inputs = _slim(model, example_inputs, {name: fusion.selected for name, fusion in fusions.items()}, reasons)
-    for name, fusion in fusions.items():
-        conv = small.get_submodule(name)
-        bank = fusion.initial_bank(modules[name].weight.detach()[:, inputs[name]])
-        conv.weight = nn.Parameter(bank, requires_grad=modules[name].weight.requires_grad)
-        fusion.rescore(bank, progress=0.0, reselect=False)
-        parametrize.register_parametrization(conv, "weight", fusion, unsafe=True)  # unsafe: the shape changes
-        conv.parametrizations.weight.register_load_state_dict_pre_hook(fit_saved_shape)
-    return small
-
-
-def compact(model: nn.Module) -> nn.Module:
-    """A copy of a fused network in which every fused weight is an ordinary one: same logits, plain ``nn.Conv2d``.
-
-    Raises:
-        ConfigError: the network has no fused layer.
-        UnsupportedNetwork: it is wrapped, for DDP or by torch.compile; unwrap it first.
-    """
-    refuse_wrapped(model)
-    plain = copy.deepcopy(model)
-    layers = list(fused_layers(plain))
-    if not layers:
-        raise ConfigError("the network has no fused layer, so there is nothing to compact; use it as it is.")
-    for _, conv, _ in layers:
-        _own_class(conv)
-        parametrize.remove_parametrizations(conv, "weight", leave_parametrized=True)
-    return plain
-
-
-def _own_class(module: nn.Module) -> None:
-    """Give a copied module a class of its own.
-
-    PyTorch makes one class for each parametrised module, deepcopy shares it between the copies, and removing the
-    parametrisation from one of them deletes the ``weight`` property of all.
-    """
-    shared = type(module)
-    namespace = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, namespace)
-
-
-def _slim(
+def slim_with_inputs(
     model: nn.Module, example_inputs: Tensor, keep: Mapping, reasons: Mapping[str, str | None]
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The slim copy, and for every convolution by name which of its input channels are left."""
-    _check_names(keep, reasons)
+    check_names(keep, reasons)
     small = copy.deepcopy(model)
     modules = dict(small.named_modules())
     kept = {name: _checked_indices(name, indices, modules[name].out_channels) for name, indices in keep.items()}
@@ -275,7 +180,7 @@ def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tens
     return kept
 
 
-def _check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
+def check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"no convolution is called {unknown[0]!r}; the network has {', '.join(known)}.")

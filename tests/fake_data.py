@@ -11,7 +11,7 @@ import pyarrow.parquet
 import torchvision
 from PIL import Image
 
-from apbm_core.cifar import PUBLISHED
+from apbm_core.study.data.cifar import PUBLISHED
 
 
 def make_pixels(count, seed, size=32):

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from apbm_core.data import DataSplit
-from apbm_core.images import Images
-from apbm_core.recipes import get_recipe
-from apbm_core.records import ResultsFolder, RunConfig
-from apbm_core.task import Task
+from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.data.images import Images
+from apbm_core.study.methods.task import Task
+from apbm_core.study.records import ResultsFolder, RunConfig
+from apbm_core.study.training.recipes import get_recipe
 
 
 def fake_task(

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from apbm_core.counting import count_macs, count_parameters, size_function
+from apbm_core.counting import count_macs, count_parameters
 from apbm_core.errors import ConfigError
-from apbm_core.models import build_model, dense_widths
-from apbm_core.published import PUBLISHED_WIDTHS
+from apbm_core.study.networks.models import build_model, dense_widths
+from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
+from apbm_core.study.networks.sizes import size_function
 
 
 def macs_by_hooks(model: nn.Module, input_shape=(3, 32, 32)) -> int:

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torchvision.models.vision_transformer import VisionTransformer
 
 import apbm_core
-from apbm_core import deploy
-from apbm_core.criteria import keep_largest
 from apbm_core.errors import ApbmError, UnsupportedNetwork
 from apbm_core.fusion import FusionSettings, fused_layers
-from apbm_core.methods import NAMES, fpgm, hrank, l1, random
+from apbm_core.study.methods import NAMES, fpgm, hrank, l1, random
+from apbm_core.study.networks.layers import keep_largest
+from apbm_core.study.report import deployment
 from apbm_core.surgery import why_not_prunable
 
 # Name -> how many of its convolutions have filters that can go: counted by hand from the architecture.
@@ -97,7 +97,7 @@ CRITERIA = {
 
 
 def test_no_ranking_method_and_no_score_of_the_fusion_is_left_out():
-    ranking = {name for name in NAMES if hasattr(importlib.import_module(f"apbm_core.methods.{name}"), "scores")}
+    ranking = {name for name in NAMES if hasattr(importlib.import_module(f"apbm_core.study.methods.{name}"), "scores")}
     assert ranking == {name.lower() for name in CRITERIA} & set(NAMES)
     tested = {(c.metric, c.score) for c in CRITERIA.values() if isinstance(c, FusionSettings)}
     scores = set(get_args(FusionSettings.model_fields["score"].annotation)) - {"l1"}  # the method L1's
@@ -125,10 +125,10 @@ def test_every_criterion_cuts_it(name, criterion):
     "name", [pytest.param(name, marks=() if name == "resnet18" else pytest.mark.slow) for name in NETWORKS]
 )
 def test_compact_it_round_trips_through_onnx(name, tmp_path):
-    if reason := deploy.why_no_onnx():
+    if reason := deployment.why_no_onnx():
         pytest.skip(reason)
     net = apbm_core.compact(apbm_core.fuse(network(name), IMAGES[:1], keep=0.5))
-    call = deploy.open_file(deploy.write_onnx(tmp_path / "net.onnx", net, IMAGES[:1]))
+    call = deployment.open_file(deployment.write_onnx(tmp_path / "net.onnx", net, IMAGES[:1]))
     for count in (1, 4):
         with torch.no_grad():
             assert_same_logits(net(IMAGES[:count]), call(IMAGES[:count]), 1e-4)

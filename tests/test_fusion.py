@@ -13,8 +13,8 @@ from torch import nn
 import apbm_core
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.fusion import FilterFusion, FusionSettings, fused_layers, mix, stable_slots
-from apbm_core.schedules import AnnealedTau, DcffTemperature
 from apbm_core.similarity import log_similarity, pairwise_distances, relative_entropy, scale_free
+from apbm_core.temperature import AnnealedTau, DcffTemperature
 
 
 def bank(n=8, c=3, seed=0, dtype=torch.float64):
@@ -206,7 +206,7 @@ def test_copies_are_independent():
 
 
 def test_dcff_temperatures_are_the_published_ones():
-    """METHODS section 1: 1, 4622, 7616, 9052 ... 1e4 over the first epochs."""
+    """methods.md 1: 1, 4622, 7616, 9052 ... 1e4 over the first epochs."""
     schedule = DcffTemperature(epochs=300)
     temperatures = [schedule.temperature(epoch / 300, 64) for epoch in (0, 1, 2, 3, 300)]
     assert [round(t) for t in temperatures] == [1, 4622, 7616, 9052, 10000]

@@ -131,7 +131,7 @@ def test_cosine_distance_ignores_length_and_knows_the_angle():
 @pytest.mark.parametrize("n", [4, 64, 512])
 @pytest.mark.parametrize("scale", [1e-3, 50.0])
 def test_self_mass_of_equidistant_filters_depends_on_tau_alone(n, scale):
-    """METHODS section 1: p_ii = 1 / (1 + (n - 1) n^-tau), whatever the scale."""
+    """methods.md 1: p_ii = 1 / (1 + (n - 1) n^-tau), whatever the scale."""
     weight = scale * torch.eye(n, dtype=torch.float64)
     for tau in (1.0, 1.5, 2.0):
         log_p = log_similarity(scale_free(pairwise_distances(weight)), tau * math.log(n))

@@ -8,7 +8,7 @@ from torch import nn
 import apbm_core
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.fusion import fused_layers
-from apbm_core.models import build_model, prunable_convs
+from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.surgery import prunable_layers, why_not_prunable
 
 NETWORKS = {

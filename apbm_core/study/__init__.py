@@ -1,0 +1,1 @@
+"""The study: everything that compares networks, and nothing that the library needs."""

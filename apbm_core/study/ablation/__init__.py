@@ -1,0 +1,1 @@
+"""APBM with one ingredient changed at a time."""

@@ -1,0 +1,268 @@
+"""The layouts of an image data set on disk, each found by its files and read into memory with every fault named.
+
+`find_layout` takes the first that is there:
+
+1. torchvision's own: ``<root>/cifar-10-batches-py``, ``<root>/cifar-100-python``;
+2. Hugging Face's: ``<root>/<name>/{train,test}.parquet``;
+3. a folder of images: ``<root>/<name>/{train,test}/<class>/*.png``.
+
+One that is there but damaged is an error, never a reason to try the next.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from apbm_core.errors import DataError
+from apbm_core.study.data import cifar
+from apbm_core.study.data.cifar import PUBLISHED, Published
+from apbm_core.study.data.images import Images, decode_images, fingerprint, generator_for, stratified_sample
+
+SPLITS = ("train", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A data set as a layout yields it: both splits and the class names in the order of the labels."""
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+class Layout(Protocol):
+    """One data set in one layout."""
+
+    description: str  # the layout in words, for ``ImageDataset.source``; without the machine's own path
+    location: Path  # where it is
+    worth_caching: bool  # whether reading means decoding tens of thousands of images
+
+    def key(self) -> str:
+        """A digest that changes when the files change; cheap beside `read`."""
+
+    def read(self) -> Decoded:
+        """Read and check everything. Raises DataError, which names the path, for every fault."""
+
+
+def find_layout(name: str, root: Path) -> Layout | None:
+    """The layout in which ``root`` holds ``name``, or ``None`` if it is there in none."""
+    if name in PUBLISHED and cifar.torchvision_folder(name, root).is_dir():
+        return TorchvisionLayout(name, root)
+    folder = root / name
+    if name in PUBLISHED and any((folder / f"{split}.parquet").exists() for split in SPLITS):
+        return ParquetLayout(folder, PUBLISHED[name])
+    if any((folder / split).is_dir() for split in SPLITS):
+        return ImageFolderLayout(folder, PUBLISHED.get(name))
+    return None
+
+
+class TorchvisionLayout:
+    """CIFAR as torchvision downloads it: pickles with known MD5 sums."""
+
+    worth_caching = False  # nothing is compressed
+
+    def __init__(self, name: str, root: Path) -> None:
+        self._name, self._root = name, root
+        self.location = cifar.torchvision_folder(name, root)
+        self.description = f"{self.location.name} (torchvision's layout, MD5 checked)"
+
+    def key(self) -> str:
+        return _digest_of_stats(self.location, sorted(self.location.iterdir()))
+
+    def read(self) -> Decoded:
+        return Decoded(*cifar.read_torchvision(self._name, self._root), PUBLISHED[self._name].classes)
+
+
+class ParquetLayout:
+    """CIFAR as Hugging Face distributes it: encoded images in a struct column ``img``, labels in alphabetical order."""
+
+    worth_caching = True
+
+    def __init__(self, folder: Path, published: Published) -> None:
+        self.location, self._published = folder, published
+        self.description = f"{folder.name}/train.parquet and test.parquet (Hugging Face layout)"
+
+    def key(self) -> str:
+        digest = hashlib.sha256()
+        for split in SPLITS:  # two files: their content is read in a blink, and tells of damage that a date does not
+            try:
+                with self._path(split).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{self._path(split)} cannot be read ({error.strerror}).") from error
+        return digest.hexdigest()
+
+    def read(self) -> Decoded:
+        train, test = (self._read_split(self._path(split)) for split in SPLITS)
+        return _require_published(Decoded(train, test, self._published.classes), self._published, self.location)
+
+    def _path(self, split: str) -> Path:
+        path = self.location / f"{split}.parquet"
+        if not path.is_file():
+            raise DataError(f"{path} is missing: both train.parquet and test.parquet are needed. Fetch it.")
+        return path
+
+    def _read_split(self, path: Path) -> Images:
+        encoded, labels = self._read_columns(path)
+        if not encoded:
+            raise DataError(f"{path} holds no image; fetch it again.")
+        for index, content in enumerate(encoded):
+            if not content:
+                raise DataError(f"{path}: image {index} has no bytes. Fetch the file again.")
+        _require_labels(labels, len(self._published.classes), path)
+        pixels = decode_images(
+            encoded, cifar.SIZE, lambda index: f"{path}: image {index}", _expected_size(self._published)
+        )
+        return Images(pixels, torch.from_numpy(labels))
+
+    def _read_columns(self, path: Path) -> tuple[list[bytes | None], np.ndarray]:
+        import pyarrow as pa
+        import pyarrow.compute
+        import pyarrow.parquet
+
+        label_column = self._published.label_column
+        needed = f"a struct column 'img' with the field 'bytes' and an integer column '{label_column}' without gaps"
+        try:
+            with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                schema = file.schema_arrow
+                found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+                if not (
+                    {"img", label_column} <= set(schema.names)
+                    and pa.types.is_struct(schema.field("img").type)
+                    and schema.field("img").type.get_field_index("bytes") >= 0
+                    and pa.types.is_integer(schema.field(label_column).type)
+                ):
+                    raise DataError(f"{path} has the columns {found}; {self._published.title} needs {needed}.")
+                table = file.read(columns=["img.bytes", label_column])
+            if table[label_column].null_count:
+                raise DataError(f"{path} has gaps in the column '{label_column}'; {needed} are needed.")
+            encoded = pa.compute.struct_field(table["img"], "bytes").to_pylist()
+            return encoded, table[label_column].to_numpy().astype(np.int64)
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            raise DataError(
+                f"{path} is not a readable Parquet file ({error}). It is damaged or incomplete: fetch it again."
+            ) from error
+
+
+class ImageFolderLayout:
+    """``{train,test}/<class>/*.png``: RGB images of one size; the classes are the folders' names in order."""
+
+    worth_caching = True
+
+    def __init__(self, folder: Path, published: Published | None) -> None:
+        self.location, self._published = folder, published
+        self.description = f"{folder.name}/{{train,test}}/<class>/ (folders of images)"
+
+    def key(self) -> str:
+        files = [file for split in SPLITS for _, file in self._files[split]]
+        return _digest_of_stats(self.location, files)
+
+    def read(self) -> Decoded:
+        size = cifar.SIZE if self._published else None
+        splits = []
+        for split in SPLITS:
+            labels, files = zip(*self._files[split], strict=True)
+            expected = _expected_size(self._published) if self._published else "all images must be of one size"
+            pixels = decode_images(files, size, lambda index, files=files: str(files[index]), expected)
+            size = tuple(pixels.shape[1:3])
+            splits.append(Images(pixels, torch.tensor(labels, dtype=torch.int64)))
+        decoded = Decoded(*splits, self._classes)
+        return _require_published(decoded, self._published, self.location) if self._published else decoded
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        names = {}
+        for split in SPLITS:
+            folder = self.location / split
+            if not folder.is_dir():
+                raise DataError(f"{folder} is missing: both {' and '.join(SPLITS)} are needed, with the same classes.")
+            names[split] = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+            if not names[split]:
+                raise DataError(f"{folder} has no class folders; put the images into one folder for each class.")
+        if names["train"] != names["test"]:
+            only = "; ".join(
+                f"only in {split}: {', '.join(sorted(names[split] - names[other]))}"
+                for split, other in (SPLITS, SPLITS[::-1])
+                if names[split] - names[other]
+            )
+            raise DataError(f"{self.location}: train and test must have the same class folders ({only}).")
+        if self._published and len(names["train"]) != len(self._published.classes):
+            raise DataError(
+                f"{self.location} has {len(names['train'])} class folders, but {self._published.title} has "
+                f"{len(self._published.classes)} classes. Complete it, or give a data set of your own another name."
+            )
+        return tuple(sorted(names["train"]))
+
+    @cached_property
+    def _files(self) -> dict[str, list[tuple[int, Path]]]:
+        """(label, file) of every image, by class and name."""
+        return {split: list(self._files_of(split)) for split in SPLITS}
+
+    def _files_of(self, split: str) -> Iterator[tuple[int, Path]]:
+        for label, name in enumerate(self._classes):
+            folder = self.location / split / name
+            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not files:
+                raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)}); add some or remove the class.")
+            yield from ((label, file) for file in files)
+
+
+def read_digits() -> Decoded:
+    """scikit-learn's 1,797 handwritten digits: 8 x 8 pixels of 17 grey levels, each made a 4 x 4 block of RGB 0..255.
+
+    A stratified fifth is the test set, always the same.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    everything = Images(
+        torch.from_numpy(np.repeat(pixels[..., None], 3, axis=-1)), torch.from_numpy(digits.target.astype(np.int64))
+    )
+    test = stratified_sample(everything.labels, round(len(everything) / 5), generator_for("digits"))
+    in_train = torch.ones(len(everything), dtype=torch.bool)
+    in_train[test] = False
+    return Decoded(everything.select(in_train.nonzero()[:, 0]), everything.select(test), tuple("0123456789"))
+
+
+def _require_labels(labels: np.ndarray, num_classes: int, path: Path) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise DataError(
+            f"{path}: image {wrong[0]} has the label {labels[wrong[0]]}, outside 0..{num_classes - 1}. "
+            "The file is damaged or of another data set: fetch it again."
+        )
+
+
+def _require_published(decoded: Decoded, published: Published, folder: Path) -> Decoded:
+    """Refuse a complete set that is not the published one: lossless WebP has no checksum and decodes when damaged."""
+    for split, images, count, expected in zip(
+        SPLITS, (decoded.train, decoded.test), published.counts, published.fingerprints or (None, None), strict=True
+    ):
+        if expected is not None and len(images) == count and fingerprint(images) != expected:
+            raise DataError(
+                f"{folder}: the {split} images have the number but not the content of {published.title}'s. They are "
+                "damaged or were altered (recompressed as JPEG, say): fetch them again, or keep altered images as a "
+                "folder of images under another name."
+            )
+    return decoded
+
+
+def _expected_size(published: Published) -> str:
+    return f"{published.title} images are {cifar.SIZE[1]} x {cifar.SIZE[0]}"
+
+
+def _digest_of_stats(folder: Path, files: list[Path]) -> str:
+    """A digest of the names, sizes and modification times of ``files``."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

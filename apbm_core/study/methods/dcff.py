@@ -1,0 +1,36 @@
+"""DCFF, dynamic-coded filter fusion (Lin et al.), with its own temperature schedule (methods.md 2).
+
+In the authors' implementation a probability that underflows makes a score NaN, and a layer with a non-finite score
+keeps its last ones. From epoch 1 on, at temperatures in the thousands, that is every layer: selection and scores stay
+those of epoch 0. Our scores are finite at any temperature, so ``frozen_scores`` reproduces that on purpose.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from apbm_core.fusion import FusionSettings
+from apbm_core.study.methods import apbm
+from apbm_core.study.methods.task import Task
+from apbm_core.temperature import DcffTemperature
+
+LABEL = "DCFF"
+STARTS_FROM = "scratch"
+SCHEDULES = ("equal", "equal-time")
+
+
+class Options(BaseModel):
+    """DCFF's only choice that is ours to make."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frozen_scores: bool = Field(True, description="keep epoch 0's selection, as the authors' code does; False: rescore")
+
+
+def prune(task: Task) -> nn.Module:
+    """Train with the reference's schedule, scored once before each epoch."""
+    settings = FusionSettings(
+        schedule=DcffTemperature(epochs=task.config.epochs),
+        rescale=False,
+        reselect=not task.options.frozen_scores,
+    )
+    return apbm.train_fused(task, apbm.Options(settings=settings, rescores_per_epoch=1))

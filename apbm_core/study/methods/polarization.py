@@ -1,0 +1,287 @@
+r"""Polarization: push BatchNorm's scales apart, to 0 or well above, and cut in the gap (Zhuang et al., NeurIPS 2020).
+
+methods.md 4. The training loss gains
+
+.. math:: \lambda R(\gamma), \qquad R(\gamma) = \sum_i \bigl( t |\gamma_i| - |\gamma_i - \bar\gamma| \bigr)
+
+over the scales of the *sparse* norms, :math:`\bar\gamma` their mean over all of these layers together. Sparse are both
+norms of each ResNet block, not the stem's, and all of VGG's. After each step every scale is clamped to [0, 1]; they
+start at 0.5.
+
+Only filters whose outputs are their own can leave: in a ResNet, those of each block's first convolution. The scales of
+second convolutions polarise too, but their channels belong to the whole stage and stay, as small as they may be.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from apbm_core.study.methods.target import (
+    bisect_setting,
+    count_remaining,
+    cut_to_target,
+    fold_constants,
+    followers,
+    parameter_target,
+)
+from apbm_core.study.methods.task import Task
+from apbm_core.study.networks.models import prunable_convs
+from apbm_core.study.training.hooks import Context, Hook
+from apbm_core.surgery import slim
+
+LABEL = "Polarization"
+STARTS_FROM = "sparse"
+SCHEDULES = ("equal", "published")
+
+BINS = 100  # of the histogram of a layer's scales over [0, 1]
+START = 0.5  # where the scales start
+_SPARSE_SHARE = 2 / 3  # of the epochs, on the equal schedule; the rest is fine-tuning
+
+# methods.md 4: (lambda, t), and the fine-tuning's learning rate
+_PUBLISHED = {"vgg": (3e-5, 1.5, 5e-4), "resnet": (5e-5, 1.4, 1e-3)}
+_SEARCH_RANGE, _SEARCH_T, _SEARCH_T_STEP = (0.0, 2e-4), 1.2, 0.1
+_SPARSE_RECIPE = {
+    "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "steps",
+    "milestones": (0.3, 0.6, 0.8), "gamma": 0.2, "warmup": 0.005, "label_smoothing": 0.0,
+}  # fmt: skip
+# published: 0.01 in epoch 0 of 200, then 0.1, x0.2 at 60, 120 and 160
+
+
+class Options(BaseModel):
+    """Polarization's settings; where None, the published value for the network's family."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    strength: float | None = Field(
+        None,
+        ge=0,
+        description="lambda. The published ones act over 200 epochs; in a few, scales hardly leave 0.5, and a target"
+        " is met by ranking them",
+    )
+    t: float | None = Field(None, ge=0, description="t: weight of the scales' own size against their distance")
+    reach: Literal["global-threshold", "search"] = Field(
+        "global-threshold",
+        description="how a parameter target is met: by one threshold over all layers, or by trying settings of"
+        " lambda and t and cutting in the valleys (expensive: the trials come on top of the run's epochs)",
+    )
+    minimum: int = Field(2, ge=1, description="filters that a layer keeps, whatever their scales")
+    trials: int = Field(6, ge=1, description="search: settings of lambda to try, two more of t after them")
+    trial_epochs: int = Field(1, ge=1, description="search: length of each trial training")
+
+
+def regulariser(scales: Sequence[Tensor], t: float) -> Tensor:
+    """R(gamma), a scalar: sum of t |gamma_i| - |gamma_i - mean| over all scales of all layers; differentiable."""
+    gamma = torch.cat([scale.flatten() for scale in scales])
+    return (t * gamma.abs() - (gamma - gamma.mean()).abs()).sum()
+
+
+class Polarizer(Hook):
+    """Adds the regulariser to the loss and clamps the network's BatchNorm scales to [0, 1] after every step."""
+
+    def __init__(self, sparse_norms: Sequence[str], strength: float, t: float):
+        self.sparse_norms, self.strength, self.t = tuple(sparse_norms), strength, t
+
+    def on_loss(self, context: Context, loss: Tensor) -> Tensor:
+        return loss + self.strength * regulariser(self._scales(context.model), self.t)
+
+    @torch.no_grad()
+    def after_step(self, context: Context) -> None:
+        for norm in _norms(context.model):
+            norm.weight.clamp_(0, 1)
+
+    @torch.no_grad()
+    def after_epoch(self, context: Context) -> dict[str, float]:
+        gamma = torch.cat(self._scales(context.model))
+        return {"gamma_mean": gamma.mean().item(), "gamma_std": gamma.std(correction=0).item()}
+
+    def _scales(self, model: nn.Module) -> list[Tensor]:
+        return [model.get_submodule(name).weight for name in self.sparse_norms]
+
+
+def sparse_norms(model: nn.Module, prunable: Sequence[str]) -> list[str]:
+    """Names of the norms that the regulariser acts on: those registered beside a prunable convolution's.
+
+    That is every norm of a VGG, and both of each ResNet block but neither the stem's nor a projection shortcut's.
+    """
+    homes = {name.rpartition(".")[0] for name in prunable}
+    named = model.named_modules()
+    return [n for n, module in named if isinstance(module, nn.BatchNorm2d) and n.rpartition(".")[0] in homes]
+
+
+@torch.no_grad()
+def start_scales(model: nn.Module) -> nn.Module:
+    """Set every BatchNorm scale to 0.5, in place; returns ``model``."""
+    for norm in _norms(model):
+        norm.weight.fill_(START)
+    return model
+
+
+def first_valley(scales: Tensor) -> float | None:
+    """Where the histogram of ``scales`` over [0, 1], 100 bins, first stops falling; None if it never does.
+
+    The valley is the first bin between a difference <= 0 and one >= 0; the threshold is its lower edge.
+    """
+    steps = torch.histc(scales.detach().float().cpu(), bins=BINS, min=0, max=1).diff()
+    valleys = ((steps[:-1] <= 0) & (steps[1:] >= 0)).nonzero()
+    return (valleys[0].item() + 1) / BINS if len(valleys) else None
+
+
+def cut_in_valleys(scales: Mapping[str, Tensor], minimum: int) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Keep the filters whose scale is above their layer's valley.
+
+    A layer without a valley keeps everything. One that would keep fewer than ``minimum`` filters keeps its largest.
+
+    Returns:
+        Layer -> kept filters, ascending; and facts for the record: ``thresholds`` by layer, ``layers_without_valley``,
+        and ``emptied_layers`` with the number of filters that were above their threshold.
+    """
+    keep, thresholds, emptied = {}, {}, {}
+    for name, gamma in scales.items():
+        gamma = gamma.detach().cpu()
+        thresholds[name] = first_valley(gamma)
+        above = torch.ones(len(gamma), dtype=torch.bool) if thresholds[name] is None else gamma > thresholds[name]
+        if above.sum() < min(minimum, len(gamma)):
+            emptied[name] = int(above.sum())
+            above[_largest(gamma, minimum)] = True
+        keep[name] = above.nonzero().flatten().tolist()
+    missing = [name for name, threshold in thresholds.items() if threshold is None]
+    return keep, {"thresholds": thresholds, "layers_without_valley": missing, "emptied_layers": emptied}
+
+
+def cut_at_global_threshold(
+    model: nn.Module, scales: Mapping[str, Tensor], target: float, minimum: int
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Keep the filters with the largest scales over all layers so that ``target`` of the parameters goes.
+
+    Filters go one by one in the order of their scales, at least ``minimum`` stay in each layer, and the exact count
+    decides how many; see :func:`apbm_core.study.methods.target.cut_to_target` for ties and errors.
+
+    Returns:
+        Layer -> kept filters, ascending; and facts for the record: ``gamma_threshold``, the largest scale removed, and
+        ``emptied_layers``, those at their minimum.
+    """
+    protected = {}
+    for name, gamma in scales.items():
+        protected[name] = gamma.detach().cpu().double()
+        protected[name][_largest(protected[name], minimum)] = torch.inf
+
+    def size(kept: dict[str, Tensor]) -> int:
+        return count_remaining(model, {name: int(mask.sum()) for name, mask in kept.items()})
+
+    everything = size({name: torch.ones_like(gamma) for name, gamma in protected.items()})
+    kept, threshold = cut_to_target(protected, size, everything, target)
+    keep = {name: mask.nonzero().flatten().tolist() for name, mask in kept.items()}
+    emptied = {n: len(kept) for n, kept in keep.items() if len(kept) == minimum < len(scales[n])}
+    return keep, {"gamma_threshold": threshold, "emptied_layers": emptied}
+
+
+def remove_filters(model: nn.Module, example_inputs: Tensor, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A slim copy of ``model``, what the removed channels contributed folded into the layers behind them.
+
+    BatchNorm makes a channel's pre-activation about normal with mean beta and deviation gamma, so behind the ReLU its
+    mean is beta Phi(beta / gamma) + gamma phi(beta / gamma): relu(beta) at gamma = 0, where the channel is constant and
+    :func:`target.fold_constants` exact (but for zero padding). ``model`` is changed by the fold.
+    """
+    constants = {}
+    for name, chain in followers(model, keep).items():
+        norm = model.get_submodule(chain.norm)
+        constants[name] = mean_after_relu(norm.weight.detach(), norm.bias.detach())
+        constants[name][torch.as_tensor(keep[name], device=norm.weight.device)] = 0
+    fold_constants(model, example_inputs, constants)
+    return slim(model, example_inputs, keep)
+
+
+def split_epochs(epochs: int, schedule: str) -> tuple[int, int]:
+    """Epochs of sparse training and of fine-tuning; at least one of the former. Published: 200 + 200."""
+    sparse = max(1, round(epochs * (1 / 2 if schedule == "published" else _SPARSE_SHARE)))
+    return sparse, epochs - sparse
+
+
+def prune(task: Task) -> nn.Module:
+    """Sparse training, the cut, fine-tuning; returns the slim network."""
+    options, target = task.options, parameter_target(task.config)
+    strength, t, tuning_rate = _published_settings(task.model_name, options)
+    is_published = task.config.schedule == "published"
+    sparse_epochs, tuning_epochs = split_epochs(task.config.epochs, task.config.schedule)
+    sparse_recipe = dict(_SPARSE_RECIPE) if is_published else None
+    if target is not None and options.reach == "search":
+        strength, t = _search(task, target, sparse_recipe)
+
+    model = start_scales(task.build())
+    convs = prunable_convs(task.model_name)
+    hook = Polarizer(sparse_norms(model, convs), strength, t)
+    task.train("sparse", model, sparse_epochs, hooks=[hook], recipe_overrides=sparse_recipe)
+
+    def choose() -> dict[str, Any]:
+        scales = _prunable_scales(model, convs)
+        if target is None or options.reach == "search":
+            keep, facts = cut_in_valleys(scales, options.minimum)
+        else:
+            keep, facts = cut_at_global_threshold(model, scales, target, options.minimum)
+        if target is not None:
+            facts["target_deviation"] = _removed(model, keep) - target
+        return {"keep": keep, "facts": facts}
+
+    choice = task.remember("score", choose)
+    for key, value in ({"strength": strength, "t": t} | choice["facts"]).items():
+        task.note(key, value)
+    small = remove_filters(model, task.example_inputs, choice["keep"])
+    if tuning_epochs:
+        tuning_recipe = _SPARSE_RECIPE | {"lr": tuning_rate, "warmup": 0.0} if is_published else None
+        task.train("finetune", small, tuning_epochs, recipe_overrides=tuning_recipe)
+    return small
+
+
+def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> tuple[float, float]:
+    """methods.md 4: bisect lambda in [0, 2e-4] at t = 1.2, then try t +- 0.1; each trial is a phase."""
+    options = task.options
+    convs = prunable_convs(task.model_name)
+
+    def removed(trial: int, strength: float, t: float = _SEARCH_T) -> float:
+        model = start_scales(task.build())
+        hook = Polarizer(sparse_norms(model, convs), strength, t)
+        task.train(f"search-{trial + 1}", model, options.trial_epochs, hooks=[hook], recipe_overrides=recipe)
+        keep, _ = cut_in_valleys(_prunable_scales(model, convs), options.minimum)
+        return _removed(model, keep)
+
+    strength, found = bisect_setting(removed, *_SEARCH_RANGE, target, options.trials)
+    best = (abs(found - target), _SEARCH_T)
+    for trial, t in enumerate((_SEARCH_T - _SEARCH_T_STEP, _SEARCH_T + _SEARCH_T_STEP), start=options.trials):
+        best = min(best, (abs(removed(trial, strength, t) - target), t))
+    task.note("search_epochs", (options.trials + 2) * options.trial_epochs)
+    return strength, best[1]
+
+
+def _published_settings(model_name: str, options: Options) -> tuple[float, float, float]:
+    strength, t, tuning_rate = _PUBLISHED["vgg" if model_name.startswith("vgg") else "resnet"]
+    strength = strength if options.strength is None else options.strength
+    return strength, t if options.t is None else options.t, tuning_rate
+
+
+def _prunable_scales(model: nn.Module, convs: Sequence[str]) -> dict[str, Tensor]:
+    return {name: model.get_submodule(chain.norm).weight for name, chain in followers(model, convs).items()}
+
+
+def _removed(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> float:
+    dense = count_remaining(model, {name: model.get_submodule(name).out_channels for name in keep})
+    return 1 - count_remaining(model, {name: len(kept) for name, kept in keep.items()}) / dense
+
+
+def mean_after_relu(gamma: Tensor, beta: Tensor) -> Tensor:
+    """E[relu(z)] for z normal with mean beta and standard deviation gamma, both (n,)."""
+    ratio = beta / gamma.abs().clamp_min(torch.finfo(gamma.dtype).tiny)
+    density = torch.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+    return beta * torch.special.ndtr(ratio) + gamma.abs() * density
+
+
+def _largest(gamma: Tensor, count: int) -> Tensor:
+    """Indices of the largest ``count`` scales, the first ones at a tie."""
+    return gamma.argsort(descending=True, stable=True)[:count]
+
+
+def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

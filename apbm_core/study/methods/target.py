@@ -1,0 +1,223 @@
+"""What the methods that choose their own widths share: meeting a parameter target, and removing channels cleanly.
+
+Polarization ranks channels and SWP stripes, over all layers at once. Both cut where the exact parameter count comes
+closest to the target, and both leave behind channels that are constant rather than zero, whose constant can be handed
+on to the layer that reads them.
+
+Which norm and which layer follow a convolution is read off the order in which the network registers its modules, as
+in every network of ``apbm_core.study.networks.models``: convolution, norm, then the next convolution or linear layer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.study.records import RunConfig
+
+TOLERANCE = 0.005  # half a percentage point: how far from its target a cut may end
+
+
+@dataclass(frozen=True)
+class Followers:
+    """The names of the layers that a convolution's channels pass through next."""
+
+    norm: str
+    reader: str  # the convolution or linear layer that takes the channels in
+    reader_norm: str | None
+
+
+def followers(model: nn.Module, convs: Iterable[str]) -> dict[str, Followers]:
+    """For each named convolution, the norm behind it and the layer that reads it.
+
+    Raises:
+        UnsupportedNetwork: a named layer is not followed by a BatchNorm and a reader of matching channels.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
+    layers += [("", None)] * 4
+    place = {name: i for i, (name, _) in enumerate(layers)}
+    found = {}
+    for name in convs:
+        start = place.get(name, len(layers) - 4)  # an unknown name lands on the fillers, and is refused
+        (_, conv), (norm_name, norm), (reader_name, reader), (next_name, after) = layers[start : start + 4]
+        inputs = getattr(reader, "in_channels", getattr(reader, "in_features", None))
+        width = getattr(conv, "out_channels", 0)
+        is_chain = isinstance(norm, nn.BatchNorm2d) and norm.num_features == width and inputs and inputs % width == 0
+        if not is_chain or (isinstance(reader, nn.Conv2d) and inputs != width):
+            raise UnsupportedNetwork(
+                f"layer {name!r} of this {type(model).__name__} is not a convolution that is followed by its BatchNorm "
+                "and one layer that reads it; use a network of the study, or a method that ranks filters."
+            )
+        is_normed = isinstance(reader, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
+        found[name] = Followers(norm_name, reader_name, next_name if is_normed else None)
+    return found
+
+
+def count_remaining(model: nn.Module, widths: Mapping[str, int], stripes: Mapping[str, int] | None = None) -> int:
+    """Trainable parameters of dense ``model`` once its layers are cut, without building it.
+
+    Args:
+        model: the dense network, parametrised or not.
+        widths: filters that each prunable convolution keeps; all of them must be named by :func:`followers`.
+        stripes: how many (c_in,) stripes a convolution holds, where not all of its kept filters' k * k.
+    """
+    stripes = stripes or {}
+    chains = followers(model, widths)
+    read_from = {chain.reader: name for name, chain in chains.items()}
+    norm_of = {chain.norm: name for name, chain in chains.items()}
+    total = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            n = widths.get(name, module.out_channels)
+            c_in = widths.get(read_from.get(name), module.in_channels)
+            kernel = module.kernel_size[0] * module.kernel_size[1]
+            total += stripes.get(name, n * kernel) * c_in + (0 if module.bias is None else n)
+        elif isinstance(module, nn.BatchNorm2d):
+            total += 2 * widths.get(norm_of.get(name), module.num_features)
+        elif isinstance(module, nn.Linear):
+            feeder = read_from.get(name)
+            share = module.in_features // model.get_submodule(feeder).out_channels if feeder else 1
+            inputs = widths[feeder] * share if feeder else module.in_features
+            total += module.out_features * (inputs + (module.bias is not None))
+    return total
+
+
+def parameter_target(config: RunConfig) -> float | None:
+    """The share of the parameters that a run removes; None if it leaves that to the method's own threshold.
+
+    Raises:
+        ConfigError: the run's target is one of MACs.
+    """
+    if config.target and config.by != "params":
+        raise ConfigError(
+            f"method {config.method!r} meets targets of parameters only, not of {config.by}; set by = 'params', or "
+            "target = 0 for the method's own threshold."
+        )
+    return config.target or None
+
+
+def cut_to_target(
+    scores: Mapping[str, Tensor], size: Callable[[dict[str, Tensor]], int], dense: int, target: float
+) -> tuple[dict[str, Tensor], float | None]:
+    """Remove the lowest-scored entries over all layers until ``target`` of the parameters is gone, as near as it goes.
+
+    Equal scores are taken from all layers alike: in the order of their place in the layer, as a share of its length.
+    Otherwise an untrained network, all of whose scores are equal, would lose its first layers whole.
+
+    Args:
+        scores: layer -> scores of any shape; entries of score infinity always stay, those of -infinity always go.
+        size: exact parameter count of the network that keeps the given entries; must fall as entries go.
+        dense: parameters of the dense network.
+        target: fraction of ``dense`` to remove.
+
+    Returns:
+        Layer -> which entries stay (bool, the scores' shape), and the largest score that went (None if nothing did).
+
+    Raises:
+        ConfigError: even without every entry that may go, more than half a point of the target is missing.
+    """
+    flat = torch.cat([score.detach().double().cpu().flatten() for score in scores.values()])
+    place = torch.cat([torch.arange(score.numel()) / score.numel() for score in scores.values()])
+    order = place.argsort(stable=True)
+    order = order[flat[order].argsort(stable=True)]
+
+    def keep(count: int) -> dict[str, Tensor]:
+        stays = torch.ones(len(flat), dtype=torch.bool)
+        stays[order[:count]] = False
+        parts = stays.split([score.numel() for score in scores.values()])
+        return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+    budget = (1 - target) * dense
+    fewest, most = int((flat == -torch.inf).sum()), int((flat < torch.inf).sum())
+    if size(keep(most)) > budget + TOLERANCE * dense:
+        raise ConfigError(
+            f"Cannot remove {target:.2%} of the parameters: {1 - size(keep(most)) / dense:.2%} is the most that these "
+            "layers give. Lower the target or the minimum that a layer keeps."
+        )
+    low, high = fewest, most
+    while low < high:  # the fewest removals that fit the budget
+        middle = (low + high) // 2
+        low, high = (low, middle) if size(keep(middle)) <= budget else (middle + 1, high)
+    count = min({max(low - 1, fewest), low}, key=lambda count: (abs(size(keep(count)) - budget), count))
+    largest = flat[order[count - 1]].item() if count else None
+    return keep(count), None if largest == -torch.inf else largest
+
+
+def bisect_setting(
+    removed: Callable[[int, float], float], low: float, high: float, target: float, trials: int
+) -> tuple[float, float]:
+    """The setting in [low, high] that removes closest to ``target``, by bisection.
+
+    Args:
+        removed: fraction removed at trial i with a setting; expected to grow with it.
+        trials: how many settings to try.
+
+    Returns:
+        The best setting tried, and the fraction that it removed.
+    """
+    tried = []
+    for trial in range(trials):
+        middle = (low + high) / 2
+        tried.append((middle, removed(trial, middle)))
+        low, high = (middle, high) if tried[-1][1] < target else (low, middle)
+    return min(tried, key=lambda pair: abs(pair[1] - target))
+
+
+@torch.no_grad()
+def fold_constants(model: nn.Module, example_inputs: Tensor, constants: Mapping[str, Tensor]) -> None:
+    """Hand the constant that a channel contributes on to the next layer, in place, so that the channel can go.
+
+    A channel of constant value a adds a * (sum of the reader's weights on it) to each of the reader's outputs. It is
+    taken off the running mean of the reader's norm, or else added to the reader's bias. Without zero padding, and
+    through max-pooling, this is exact in evaluation; where the reader pads, pixels near the border saw less of the
+    constant, and the mean over the map is taken, the best single value. In training mode a BatchNorm finds its
+    own mean, so the fold then changes nothing but the statistics that training starts from.
+
+    Args:
+        model: the network that still has all its channels.
+        example_inputs: one batch the network accepts; tells the size of the maps.
+        constants: convolution -> (n,), what each of its channels is after the activation; 0 for channels that stay.
+
+    Raises:
+        UnsupportedNetwork: the layer that reads a channel has neither a norm nor a bias.
+    """
+    chains = followers(model, constants)
+    sides = _input_sides(model, example_inputs, {chain.reader for chain in chains.values()})
+    for name, values in constants.items():
+        chain = chains[name]
+        reader = model.get_submodule(chain.reader)
+        values = values.to(reader.weight)
+        if isinstance(reader, nn.Linear):
+            contribution = reader.weight.unflatten(1, (len(values), -1)).sum(2) @ values
+        else:
+            maps = values.view(1, -1, 1, 1).expand(1, -1, *sides[chain.reader])
+            outputs = F.conv2d(maps, reader.weight, None, reader.stride, reader.padding, reader.dilation)
+            contribution = outputs.mean((0, 2, 3))
+        if chain.reader_norm is not None:
+            model.get_submodule(chain.reader_norm).running_mean -= contribution
+        elif reader.bias is not None:
+            reader.bias += contribution
+        else:
+            raise UnsupportedNetwork(f"layer {chain.reader!r} has neither a BatchNorm nor a bias to fold into.")
+
+
+def _input_sides(model: nn.Module, example_inputs: Tensor, names: set[str]) -> dict[str, tuple[int, ...]]:
+    sides = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: sides.update({name: tuple(inputs[0].shape[2:])})
+        )
+        for name in names
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(example_inputs[:1].to(next(model.parameters()).device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return sides

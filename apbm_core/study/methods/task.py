@@ -1,0 +1,233 @@
+"""What a method gets to work with: networks, data, the training loop and a memory, all of one run.
+
+A method is ``prune(task) -> compact network``, a few phases in order. When a run was interrupted, ``prune`` is executed
+again from its top: a phase that had finished hands back its result at once, the one that was under way goes on from
+its checkpoint. So whatever happens between phases must be deterministic, or wrapped in :meth:`Task.remember`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from apbm_core.counting import count_parameters
+from apbm_core.errors import CheckpointError, ConfigError
+from apbm_core.files import sha256, write_atomically
+from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.networks.models import build_model, dense_widths, prunable_convs
+from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, solve_model_widths
+from apbm_core.study.records import PhaseRecord, ResultsFolder, RunConfig, canonical_json
+from apbm_core.study.training.hooks import Context, Hook
+from apbm_core.study.training.loop import TrainingResult, train
+from apbm_core.study.training.recipes import Recipe
+from apbm_core.study.validation import validated
+
+Progress = Callable[[str, Context], None]
+
+
+class Task:
+    """One run's networks, data and phases.
+
+    Args:
+        config: the run.
+        split: its images.
+        results: where records, networks and the work under way are kept.
+        options: the method's settings, already validated.
+        device: where to compute.
+        progress: told, several times an epoch, where the run stands.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: DataSplit,
+        results: ResultsFolder,
+        options: BaseModel,
+        device: torch.device,
+        progress: Progress | None = None,
+    ):
+        self.config, self.split, self.options, self.device = config, split, options, device
+        self.model_name, self.num_classes = config.model, split.num_classes
+        self.phases: list[PhaseRecord] = []
+        self.history: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+        self.training_facts: dict[str, Any] = {}
+        self._results = results
+        self._folder = results.work_folder(config.id)
+        self._progress = progress
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """How many filters each prunable convolution keeps: the same for every method that ranks filters."""
+        names, config = prunable_convs(self.model_name), self.config
+        if config.target == 0:
+            return dict(zip(names, dense_widths(self.model_name), strict=True))
+        if config.widths in SOLVERS:
+            solution = solve_model_widths(self.model_name, self.num_classes, config.target, config.by, config.widths)
+            return dict(zip(names, solution.widths, strict=True))
+        return dict(zip(names, PUBLISHED_WIDTHS[config.widths].widths, strict=True))
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        with torch.device("meta"):
+            return count_parameters(build_model(self.model_name, self.num_classes))
+
+    @property
+    def example_inputs(self) -> Tensor:
+        """One blank image of the size that is classified, for tracing; shape (1, 3, h, w)."""
+        height, width = self.split.train.images.shape[1:3]
+        return torch.zeros(1, 3, height, width, device=self.device)
+
+    @property
+    def pretrain_epochs(self) -> int:
+        """The dense epochs before a cut: a third of all, at least one. The rest is fine-tuning."""
+        return max(1, round(self.config.epochs / 3))
+
+    @property
+    def finetune_epochs(self) -> int:
+        return self.config.epochs - self.pretrain_epochs
+
+    def build(self, widths: Mapping[str, int] | None = None) -> nn.Module:
+        """A fresh network, dense or with these widths, initialised from the run's seed."""
+        torch.manual_seed(self.config.seed)
+        counts = None if widths is None else [widths[name] for name in prunable_convs(self.model_name)]
+        return build_model(self.model_name, self.num_classes, counts).to(self.device)
+
+    def calibration_images(self, count: int) -> Tensor:
+        """Normalised training images for a criterion that looks at activations, shape (count or fewer, 3, h, w)."""
+        order = torch.randperm(len(self.split.train), generator=torch.Generator().manual_seed(self.config.seed))
+        images = self.split.train.images[order[:count].to(self.split.train.images.device)].to(self.device)
+        mean, std = (torch.tensor(v, device=self.device) for v in (self.split.mean, self.split.std))
+        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def pretrained(self) -> nn.Module:
+        """The dense network after :attr:`pretrain_epochs`, trained once for all runs that share it.
+
+        Its whole time is charged to every run that uses it.
+        """
+        config, epochs = self.config, self.pretrain_epochs
+        what = config.model_dump(
+            mode="json", include={"model", "dataset", "recipe", "seed", "split", "train_subset"}
+        ) | {"epochs": epochs}
+        name = f"pretrain-{config.model}-s{config.seed}-{sha256(canonical_json(what).encode())[:10]}"
+        with self._results.exclusively(name):
+            model = self.build()
+            result = self._run(name, model, epochs, config.recipe, self._results.work_folder(name), name, ())
+        self._record("pretrain", result, epochs, shared=True)
+        return model
+
+    def train(
+        self,
+        phase: str,
+        model: nn.Module,
+        epochs: int,
+        hooks: Sequence[Hook] = (),
+        recipe_overrides: Mapping[str, Any] | None = None,
+        course: tuple[float, float] = (0.0, 1.0),
+    ) -> TrainingResult | None:
+        """Train ``model`` in place as the phase called ``phase``; nothing happens for 0 epochs.
+
+        ``course`` is the part of the learning rate's course that the phase goes through, by default all of it.
+
+        Raises:
+            TrainingDiverged: the loss became NaN or infinite.
+            CheckpointError: the phase's checkpoint is damaged or another configuration's.
+        """
+        if epochs == 0:
+            return None
+        values = self.config.recipe.model_dump() | dict(recipe_overrides or {})
+        recipe = validated(Recipe, values, f"the recipe of phase {phase!r}")
+        result = self._run(phase, model, epochs, recipe, self._folder, f"{self.config.id}/{phase}", hooks, course)
+        self._record(phase, result, epochs)
+        return result
+
+    def remember(self, name: str, function: Callable[[], Any]) -> Any:
+        """The JSON value of ``function()``, computed once a run; its time is a phase of its own.
+
+        Raises:
+            CheckpointError: what an interrupted run left is damaged.
+        """
+        path = self._folder / f"{name}.json"
+        if path.exists():
+            try:
+                content = json.loads(path.read_text())
+                checksum, value, seconds = content.pop("checksum"), content["value"], content["seconds"]
+                if checksum != sha256(canonical_json(content).encode()):
+                    raise ValueError("its checksum does not match")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{path} is damaged ({error}); delete it, and it is computed again.") from None
+        else:
+            start = time.perf_counter()
+            value = function()
+            seconds = time.perf_counter() - start
+            content = json.loads(json.dumps({"value": value, "seconds": seconds}))  # as it will be read again
+            value = content["value"]
+            write_atomically(path, json.dumps(content | {"checksum": sha256(canonical_json(content).encode())}))
+        self.phases.append(PhaseRecord(name=name, seconds=seconds))
+        return value
+
+    def note(self, key: str, value: Any) -> None:
+        """Put a fact about this run into its record."""
+        self.notes[key] = value
+
+    def _run(
+        self,
+        phase: str,
+        model: nn.Module,
+        epochs: int,
+        recipe: Recipe,
+        folder: Path,
+        identity: str,
+        hooks: Sequence[Hook],
+        course: tuple[float, float] = (0.0, 1.0),
+    ) -> TrainingResult:
+        trained = sum(1 for record in self.phases if record.epochs)
+        return train(
+            model,
+            self.split,
+            recipe,
+            epochs,
+            seed=self.config.seed + 1_000_003 * trained,  # a later phase does not see the earlier one's batches again
+            device=self.device,
+            hooks=hooks,
+            checkpoint=folder / f"{phase}.ckpt",
+            identity=identity,
+            progress=self._progress and (lambda context: self._progress(phase, context)),
+            course=course,
+        )
+
+    def _record(self, phase: str, result: TrainingResult, epochs: int, shared: bool = False) -> None:
+        self.phases.append(
+            PhaseRecord(
+                name=phase,
+                seconds=result.seconds,
+                epochs=epochs,
+                images=result.images,
+                images_per_second=result.images_per_second,
+                shared=shared,
+            )
+        )
+        self.history += [{"phase": phase} | row for row in result.history]
+        self.training_facts = {
+            "precision": result.precision,
+            "channels_last": result.channels_last,
+            "lowered_layers": list(result.lowered),
+            "peak_memory_bytes": max(result.peak_memory_bytes, self.training_facts.get("peak_memory_bytes", 0)),
+        }
+
+
+def target_of(config: RunConfig) -> float:
+    """The share to remove; for methods that cannot do without.
+
+    Raises:
+        ConfigError: the run has none.
+    """
+    if config.target == 0:
+        raise ConfigError(f"method {config.method!r} needs a target above 0: the share of the parameters to remove.")
+    return config.target

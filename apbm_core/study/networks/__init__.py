@@ -1,0 +1,1 @@
+"""The CIFAR networks under comparison, their widths and sizes."""

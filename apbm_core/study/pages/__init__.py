@@ -1,0 +1,1 @@
+"""The notebooks: profiles, the strict papermill runner, the rendered pages."""

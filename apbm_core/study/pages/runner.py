@@ -1,0 +1,303 @@
+"""Run the study's notebooks with a profile's parameters, and put records and rendered pages under results/.
+
+    python -m apbm_core.study.pages run --profile quick epochs=3         train and render, into results/own/<profile>
+    python -m apbm_core.study.pages report --profile quick               render results/<profile> from its records alone
+    python -m apbm_core.study.pages list                                 the profiles and the parameters
+    python -m apbm_core.study.pages check                                are the notebooks' sources clean?
+
+`run` trains what its results folder does not hold yet: in results/own everything, the first time. With
+`--results results` it adds to the published records, which are committed. Every parameter is checked before anything
+runs. Notebooks run in the repository's root with this interpreter. A finished notebook replaces the one before it in
+one step; a failed one is kept aside, in <profile>/failed/, with its traceback. One reproduction at a time may write to
+a results folder.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from apbm_core import errors
+from apbm_core.errors import ApbmError, ConfigError
+from apbm_core.files import remove_stale_temporaries, write_atomically
+from apbm_core.study.grid import grid as study_module
+from apbm_core.study.pages import render
+from apbm_core.study.pages.profiles import (
+    Source,
+    Study,
+    check_sources,
+    displayed,
+    load_profile,
+    prepare,
+    profile_names,
+    study_notebooks,
+)
+from apbm_core.study.records import OWN, PUBLISHED, read_record
+from apbm_core.study.report.frames import beside_published
+
+
+class NotebookFailed(ApbmError):
+    """A cell of a notebook raised an error; the message is that error's, and says where the traceback is."""
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """The user or the system stopped the study; the message says what is finished and how to go on."""
+
+
+def reproduce(study: Study, records_only: bool = False) -> Path:
+    """Run the study's notebooks in order; write notebooks, HTML pages and index pages under ``study.folder``.
+
+    Args:
+        study: from :func:`prepare`.
+        records_only: in the notebooks, a run that is not recorded is left out and named, not carried out.
+
+    Returns:
+        The index page.
+
+    Raises:
+        NotebookFailed: a cell raised an error. Notebooks that finished before are written, later ones did not run.
+        StudyInterrupted: Ctrl-C or SIGTERM.
+        ApbmError: the folder cannot be written, or another reproduction is writing to it.
+    """
+    if records_only and not any(study.folder.glob("runs/*.json")):
+        command = f"make reproduce PROFILE={study.profile} RESULTS={displayed(study.results, study.root)}"
+        has_own = any((study.root / OWN / study.profile).glob("runs/*.json"))
+        advice = f"your own are in {OWN}: make report RESULTS={OWN}" if has_own else f"first run: {command}"
+        raise ConfigError(f"{displayed(study.folder, study.root)} holds no recorded runs to report on; {advice}")
+    finished: list[str] = []
+    warned: set[str] = set()
+    index = study.folder / "index.html"
+    package = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"PYTHONPATH": package, "PYTHONHASHSEED": "0", study_module.RECORDS_ONLY: str(int(records_only))}
+    with exclusive(study.folder), _environment(variables):
+        for folder in (study.folder, *(study.folder / name for name in ("figures", "tables", "failed"))):
+            remove_stale_temporaries(folder)
+        remove_stale_temporaries(study.results, older_than=60)  # shared with other profiles' reproductions
+        for source in study.notebooks:
+            try:
+                seconds = _run(study, source, warned)
+            except KeyboardInterrupt:
+                raise StudyInterrupted(_how_to_go_on(study, source, finished)) from None
+            finally:
+                shutil.rmtree(study.folder / ".executing", ignore_errors=True)
+                index = render.write_index(study.folder, study.profile, study.description)
+            finished.append(source.name)
+            print(f"{source.name:<14}{seconds:8.1f} s", flush=True)
+        if _set_beside_published(study):
+            index = render.write_index(study.folder, study.profile, study.description)
+    render.write_overview(study.results)
+    return index
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the one lock on a results folder; the system releases it when the process ends, however it ends.
+
+    Raises:
+        ApbmError: another process holds it, or the folder cannot be written.
+    """
+    path = folder / ".reproduction.lock"
+    lock = filelock.FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except filelock.Timeout:
+        holder = path.read_text() or "another process"
+        raise ApbmError(
+            f"{folder} is being written by {holder}; wait for it to end, or choose another folder with --results "
+            "(make: RESULTS=...)."
+        ) from None
+    except OSError as error:
+        raise ApbmError(f"cannot write to {folder}: {error.strerror or error}; choose another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(study: Study, source: Source, warned: set[str]) -> float:
+    """Execute one notebook, publish it and repeat its warnings, but for those in ``warned``; return the seconds it
+    took."""
+    start = time.perf_counter()
+    aside = study.folder / ".executing" / source.path.name
+    failed = study.folder / "failed" / source.path.name
+    try:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+        aside.parent.mkdir(parents=True)
+        papermill.execute_notebook(
+            _literal(source.path),
+            _literal(aside),
+            parameters=study.parameters_for(source),
+            kernel_name=_kernel(),
+            language="python",
+            cwd=study.root,
+            progress_bar={"desc": source.name, "leave": False} if sys.stderr.isatty() else False,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, about transports and interrupts
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if getattr(error, "ename", "") == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        write_atomically(failed, render.to_text(_read_clean(aside, source, study.root)))
+        raise NotebookFailed(
+            f"{source.name}: {_sentence(error)}\n"
+            f"The notebook with its traceback is {displayed(failed, study.root)}; what was finished before stays."
+        ) from error
+    except OSError as error:
+        raise ApbmError(f"cannot write {aside}: {error.strerror or error}. What was there is unchanged.") from error
+
+    notebook = _read_clean(aside, source, study.root)
+    page = render.to_html(notebook, source.name, study.folder)  # before anything is replaced: it may fail as well
+    write_atomically(study.folder / source.path.name, render.to_text(notebook))
+    write_atomically(study.folder / f"{source.name}.html", page)
+    for line in render.warnings_in(notebook):
+        if line not in warned:  # several notebooks have the same to say of the data
+            warned.add(line)
+            print(f"{source.name}: {line}", flush=True)
+    failed.unlink(missing_ok=True)
+    if failed.parent.is_dir() and not any(failed.parent.iterdir()):
+        failed.parent.rmdir()
+    return time.perf_counter() - start
+
+
+def _set_beside_published(study: Study) -> bool:
+    """Print and store this folder's runs beside the published records of the same runs; False if there are none."""
+    published = {path.name for path in study.published.glob("runs/*.json")}
+    here = [path for path in sorted(study.folder.glob("runs/*.json")) if path.name in published]
+    if not here or study.folder.resolve() == study.published.resolve():
+        return False
+    table = beside_published([read_record(path) for path in here], study.published)
+    most = table["difference"].abs().max()
+    write_atomically(study.folder / "tables" / "beside_published.csv", table.to_csv(index=False, float_format="%.6g"))
+    print(f"\nYour runs (here) beside the published ones (there, {displayed(study.published, study.root)}):")
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    print(f"{len(table)} runs; their accuracies differ by at most {most:.2f} points.\n", flush=True)
+    return True
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in whatever stands between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _read_clean(path: Path, source: Source, root: Path) -> nbformat.NotebookNode:
+    return render.clean(nbformat.read(path, as_version=4), source.notebook, root)
+
+
+def _sentence(error: Exception) -> str:
+    """An error of this package speaks for itself; any other is named, with the cell it came from."""
+    if isinstance(error, DeadKernelError):
+        return "the Python process died; it may have been out of memory."
+    kind = getattr(errors, error.ename, None)
+    if isinstance(kind, type) and issubclass(kind, ApbmError):
+        return error.evalue
+    return f"{error.ename} in cell {error.cell_index + 1}: {error.evalue}".rstrip(": ")
+
+
+def _how_to_go_on(study: Study, source: Source, finished: Sequence[str]) -> str:
+    where = displayed(study.folder, study.root)
+    done = f"Finished and in {where}: {', '.join(finished)}." if finished else f"What was in {where} is unchanged."
+    return f"interrupted in {source.name}. {done}\nThe same command goes on from here: recorded runs are not repeated."
+
+
+def _kernel() -> str:
+    """The kernel that runs this interpreter: the one `make setup` registers, else IPython's own.
+
+    A kernel of the same name in the user's home may belong to another environment, so its interpreter is compared.
+    """
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    try:
+        return "apbm" if KernelSpecManager().get_kernel_spec("apbm").argv[0] == sys.executable else "python3"
+    except NoSuchKernel:
+        return "python3"
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which the kernels inherit, for the duration of a block."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _list(root: Path) -> None:
+    print("Profiles (--profile):")
+    for name in profile_names(root):
+        print(f"  {name:<10} {load_profile(root, name).description}".rstrip())
+    print("\nParameters (-p name=value), with their defaults:")
+    fields = study_module.StudyParameters.model_fields
+    for name, value in {n: v for source in study_notebooks(root) for n, v in source.defaults.items()}.items():
+        if name in fields:
+            print(f"  {name} = {value!r}\n      {fields[name].description or ''}".rstrip())
+
+
+def _check(root: Path) -> int:
+    problems = check_sources(root)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"notebooks: {len(problems)} problem{'s' * (len(problems) != 1)}")
+    return int(bool(problems))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the program when they make no sense."""
+    parser = argparse.ArgumentParser(prog="python -m apbm_core.study.pages", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("run", "train what is not recorded yet, and render"), ("report", "render without training")):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("--profile", default="quick", help="a file in notebooks/profiles (default: %(default)s)")
+        folder = OWN if name == "run" else PUBLISHED
+        command.add_argument("--results", default=folder, help="folder for the results (default: %(default)s)")
+        command.add_argument("--only", metavar="NOTEBOOK", action="append", default=[], help="may be given repeatedly")
+        command.add_argument("-p", dest="assignments", metavar="NAME=VALUE", action="append", default=[])
+        command.add_argument("more", metavar="NAME=VALUE", nargs="*", help="the same without -p; values are YAML")
+    commands.add_parser("list", help="the profiles and the parameters")
+    commands.add_parser("check", help="are the notebooks' sources clean?")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> int:
+    """The command line. Returns the exit code: 0, 1 for an error that the user can mend, 130 when interrupted."""
+    options = parse(arguments)
+    root = (root or Path(__file__).parents[3]).resolve()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernels too, and says how to go on
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a cell that was interrupted it would print everything
+    try:
+        if options.command == "check":
+            return _check(root)
+        if options.command == "list":
+            _list(root)
+            return 0
+        assignments = [*options.assignments, *options.more]
+        study = prepare(root, options.profile, options.results, assignments, options.only)
+        print(f"Open {displayed(reproduce(study, options.command == 'report'), root)}")
+        return 0
+    except ApbmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"\n{error or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

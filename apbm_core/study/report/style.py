@@ -1,0 +1,97 @@
+"""The study's look: a colour, a mark and a line for each method, titles, legends, and how a figure is stored."""
+
+import io
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from apbm_core.files import write_atomically
+from apbm_core.study.methods import NAMES
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, and three more; APBM gets the strongest.
+COLOURS = {
+    "dense": "#444444",
+    "apbm": "#D55E00",
+    "dcff": "#E69F00",
+    "scratch": "#000000",
+    "hrank": "#0072B2",
+    "polarization": "#CC79A7",
+    "swp": "#009E73",
+    "l1": "#56B4E9",
+    "fpgm": "#8C6D31",
+    "random": "#999999",
+}
+MARKERS = dict(zip(NAMES, "_oDsv^Pp*X", strict=True))
+OWN_COLOURS = ("#332288", "#882255", "#117733", "#AA4499", "#6699CC", "#661100")  # for the user's own (Tol's "muted")
+OWN_MARKERS = "<>8dH"
+_own: dict[str, int] = {}  # the user's methods in the order in which they were first drawn
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def colour(method: str) -> str:
+    """A method's colour, the same in every figure; the user's own methods get those that are left."""
+    method = method.partition("@")[0]  # with other widths it is still the same method
+    return COLOURS.get(method) or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
+
+
+def marker(method: str) -> str:
+    """A method's mark, likewise; with other widths than the others' a cross of its own."""
+    if "@" in method:
+        return "H" if method.startswith("apbm@") else "x"
+    return MARKERS.get(method) or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
+
+
+def use_style() -> None:
+    """Apply the study's look to all figures that follow."""
+    plt.rcParams.update(STYLE)
+
+
+def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Figure:
+    """Write ``folder/figures/<name>.png``, with the banner across the top if there is one; return the figure."""
+    if banner:
+        figure.suptitle(banner, color="#B00020", fontweight="bold")
+    path = Path(folder) / "figures" / f"{name}.png"
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})  # without a version: equal figures, equal files
+    write_atomically(path, picture.getvalue())
+    return figure
+
+
+def line_style(method: str) -> str:
+    """A method's line: with other widths than the others' it is dashed."""
+    return "--" if "@" in method else "-"
+
+
+def set_title(axis: Axes, words: str, width: int) -> None:
+    """What a panel found, in lines of so many characters, for a long one would run into the next panel."""
+    axis.set_title(in_lines(words, width), loc="left", fontsize=10)
+
+
+def in_lines(words: str, width: int) -> str:
+    """``words`` in lines of at most ``width`` characters, a number and its percent sign on one of them."""
+    return textwrap.fill(words.replace(" %", "\N{NO-BREAK SPACE}%"), width).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def shared_legend(figure: Figure, axes: Iterable[Axes], title: str | None = None) -> None:
+    """One legend for several panels, beside them; what is drawn in several of them is named once."""
+    named = {}
+    for axis in axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    figure.legend(named.values(), named.keys(), fontsize=8, title=title, loc="outside right center")

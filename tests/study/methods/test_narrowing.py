@@ -1,0 +1,190 @@
+"""Narrowing by merging: exact where filters are copies, least squares otherwise, and a whole run that resumes."""
+
+import math
+
+import pytest
+import torch
+from fake_task import fake_task
+from torch import nn
+
+from apbm_core.counting import count_parameters
+from apbm_core.errors import ConfigError
+from apbm_core.fusion import FusionSettings
+from apbm_core.study.methods import apbm
+from apbm_core.study.methods.narrowing import (
+    _prediction,
+    choose_filters,
+    fusion_shares,
+    layer_redundancy,
+    narrow,
+    stage_widths,
+)
+from apbm_core.study.methods.target import followers
+from apbm_core.study.networks.models import build_model, prunable_convs
+from apbm_core.temperature import AnnealedTau
+
+SHARP = FusionSettings(schedule=AnnealedTau(start=64, end=64))
+
+
+def trained(name: str) -> nn.Module:
+    """A network with norms as after some training: nothing at its initial value."""
+    torch.manual_seed(0)
+    model = build_model(name, 10)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def keep_first_half(model: nn.Module, names) -> dict[str, list[int]]:
+    return {name: list(range(model.get_submodule(name).out_channels // 2)) for name in names}
+
+
+def make_second_half_copies(model: nn.Module, keep, factor: float = 1.0) -> None:
+    """Channel m + k of each layer becomes ``factor`` times channel k: after the norm, so that kernels may differ."""
+    chains = followers(model, keep)
+    with torch.no_grad():
+        for name, kept in keep.items():
+            conv, norm = model.get_submodule(name), model.get_submodule(chains[name].norm)
+            m = len(kept)
+            tensors = [conv.weight, norm.running_mean, norm.running_var, *([] if conv.bias is None else [conv.bias])]
+            for tensor in tensors:
+                tensor[m : 2 * m] = tensor[:m].clone()
+            for tensor in (norm.weight, norm.bias):
+                tensor[m : 2 * m] = factor * tensor[:m].clone()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16"])
+def test_copies_are_merged_without_changing_the_function(name):
+    model, x = trained(name), torch.randn(16, 3, 32, 32)
+    keep = keep_first_half(model, prunable_convs(name)[:3])
+    make_second_half_copies(model, keep)
+    merged = narrow(model, x[:1], keep, SHARP, "similarity")
+    cut = narrow(model, x[:1], keep, SHARP, "none")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), model(x), rtol=1e-3, atol=1e-4)
+        assert (cut(x) - model(x)).abs().max() > 0.01
+    assert merged.get_submodule(prunable_convs(name)[0]).out_channels == len(keep[prunable_convs(name)[0]])
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16"])
+def test_channels_that_others_predict_are_handed_over_to_them(name):
+    model, x = trained(name), torch.randn(64, 3, 32, 32)
+    keep = keep_first_half(model, [*prunable_convs(name)[:2], prunable_convs(name)[-1]])  # VGG's last feeds the linear
+    make_second_half_copies(model, keep, factor=1.7)
+    handed = narrow(model, x[:1], keep, SHARP, "activations", x)
+    cut = narrow(model, x[:1], keep, SHARP, "none")
+    with torch.no_grad():
+        error, without = ((network(x) - model(x)).abs().mean() for network in (handed, cut))
+    assert error < 0.02 * without  # the ridge keeps it from being exact
+
+
+def test_merging_leaves_the_network_it_was_given_alone():
+    model, x = trained("resnet20"), torch.randn(8, 3, 32, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in ("none", "similarity", "activations"):
+        narrow(model, x[:1], keep_first_half(model, prunable_convs("resnet20")), FusionSettings(), merge, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_prediction_is_the_least_squares_solution():
+    torch.manual_seed(0)
+    samples = torch.randn(500, 3, dtype=torch.float64) @ torch.randn(3, 7, dtype=torch.float64)
+    samples += 0.5 * torch.randn(500, 7, dtype=torch.float64)
+    kept = torch.tensor([1, 4, 5])
+    found = _prediction(samples.T @ samples / 500, kept)
+    expected = torch.linalg.lstsq(samples[:, kept], samples).solution.T
+    others = [0, 2, 3, 6]
+    fit, best = (((samples[:, kept] @ b[others].T) - samples[:, others]).square().mean() for b in (found, expected))
+    assert best <= fit < 1.05 * best
+    assert torch.equal(found[kept], torch.eye(3, dtype=torch.float64))
+
+
+def test_shares_divide_every_filter_among_the_kept_ones():
+    w = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = torch.tensor([0, 3])
+    shares = fusion_shares(w, kept, FusionSettings(schedule=AnnealedTau(start=1.5, end=1.5)))
+    flat = w.flatten(1)
+    distance = torch.tensor([[(a - b).norm() for b in flat] for a in flat], dtype=torch.float64)
+    distance /= distance.sum() / 30
+    for j in range(6):
+        if j in (0, 3):
+            assert shares[:, j].tolist() == [float(j == 0), float(j == 3)]
+            continue
+        mass = [math.exp(-1.5 * math.log(6) * distance[j, k]) for k in (0, 3)]
+        assert shares[:, j].tolist() == pytest.approx([value / sum(mass) for value in mass])
+
+
+def test_redundancy_is_one_for_copies_and_falls_for_filters_that_differ():
+    model = trained("resnet20")
+    a, b = prunable_convs("resnet20")[:2]
+    with torch.no_grad():
+        model.get_submodule(a).weight[:] = 1.0
+    same, different = layer_redundancy(model, [a, b], tau=2.0)
+    n = model.get_submodule(b).out_channels
+    assert same == pytest.approx(1.0)
+    assert 1 / n < different < 0.5
+
+
+def test_stages_go_down_geometrically_and_end_at_the_target():
+    wide, target = {"a": 64, "b": 10}, {"a": 16, "b": 10}
+    assert [stage_widths(wide, target, share)["a"] for share in (0.0, 0.5, 1.0)] == [64, 32, 16]
+    assert stage_widths(wide, target, 0.5)["b"] == 10
+
+
+def test_the_most_important_filters_are_chosen_at_the_last_temperature():
+    model = trained("resnet20")
+    name = prunable_convs("resnet20")[0]
+    with torch.no_grad():
+        model.get_submodule(name).weight[2:] = model.get_submodule(name).weight[2]  # only 0 and 1 are unlike the rest
+    assert choose_filters(model, {name: 2}, FusionSettings()) == {name: [0, 1]}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("widths", ["shared", "entropy"])
+def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path, widths):
+    options = apbm.Options(wide=0.5, stages=2, widths=widths)
+
+    def run(folder, stop=None):
+        task = fake_task(folder, "apbm", "resnet20", options, epochs=4, target=0.5)
+        calls = []
+
+        def progress(phase, context):
+            calls.append(phase)
+            if len(calls) == stop:
+                raise Interrupted
+
+        task._progress = progress
+        return apbm.prune(task), task
+
+    whole, task = run(tmp_path / "whole")
+    for stop in (1, 2, 3):  # in the first part, at its end, and in the third
+        with pytest.raises(Interrupted):
+            run(tmp_path / "resumed", stop)
+    resumed, again = run(tmp_path / "resumed")
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    assert again.notes == task.notes and bool(task.notes) == (widths == "entropy")
+    dense = count_parameters(build_model("resnet20", 10))
+    assert 1 - count_parameters(whole) / dense == pytest.approx(0.5, abs=0.005)
+    trained_phases = [(phase.name, phase.epochs) for phase in task.phases if phase.epochs]
+    assert trained_phases == [("wide-1", 1), ("wide-2", 1), ("slim", 2)]
+    rates = [row["lr"] for row in task.history]
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True) and len(rates) == 4  # one course over all parts
+
+
+def test_more_stages_than_epochs_are_refused_before_anything_is_trained(tmp_path):
+    task = fake_task(tmp_path, "apbm", "resnet20", apbm.Options(wide=0.5, stages=3), epochs=3, target=0.5)
+    with pytest.raises(ConfigError, match="there are 3"):
+        apbm.prune(task)
+    assert task.phases == []
+    with pytest.raises(ValueError, match="set wide"):
+        apbm.Options(widths="entropy")
