@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -97,10 +98,10 @@ def test_conda_environment_has_the_direct_dependencies_at_the_locked_versions():
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(f"{python}.0")
 
 
-def test_wheel_lists_every_package_folder():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+def test_wheel_holds_every_package_folder():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("apbm_core/**/*.py")}
-    assert set(listed) == found
+    assert set(setuptools.find_packages(ROOT, include=settings["include"])) == found
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
