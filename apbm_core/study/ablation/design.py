@@ -22,7 +22,8 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
-from apbm_core.study.report.frames import PAIRS_FOR_A_VERDICT, mean_and_interval, timed_alike, verdict
+from apbm_core.study.report.frames import timed_alike
+from apbm_core.study.report.statistics import Comparison, Noise, judge, pooled_noise
 from apbm_core.study.validation import closest
 
 FOLDER = "ablation"
@@ -278,38 +279,58 @@ def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
     return {key: records[config.id] for key, config in configs(bed, VARIANTS, seeds).items() if config.id in records}
 
 
+def noise(records: Mapping[tuple[str, int], RunRecord]) -> Noise:
+    """How much one run's held-out accuracy spreads on this bed, in points, over all variants that were repeated."""
+    rows = [
+        {"variant": name, "seed": seed, "accuracy": 100 * record.val_accuracy, "network": record.network_sha256 or key}
+        for key, record in records.items()
+        for name, seed in [key]
+    ]
+    return pooled_noise(
+        pd.DataFrame(rows, columns=["variant", "seed", "accuracy", "network"]), "variant", network="network"
+    )
+
+
+def compared(records: Mapping[tuple[str, int], RunRecord], ours: str, theirs: str) -> Comparison:
+    """Held-out accuracy of one variant minus another's, in points, paired by seed."""
+    seeds = sorted(seed for name, seed in records if name == ours and (theirs, seed) in records)
+    pairs = [(records[ours, seed], records[theirs, seed]) for seed in seeds]
+    same = [a.network_sha256 is not None and a.network_sha256 == b.network_sha256 for a, b in pairs]
+    return Comparison(tuple(100 * (a.val_accuracy - b.val_accuracy) for a, b in pairs), sum(same))
+
+
 def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:
     """One row a variant: mean held-out accuracy, and its difference to the reference, paired by seed.
 
-    Accuracies in percent, differences in points; intervals are Student's at 95 %, NaN for one seed. Seconds are of the
-    runs that were timed under the conditions that most were, NaN for a variant without any.
+    Accuracies in percent, differences in points, intervals of 95 % from the bed's pooled noise, verdicts after Holm's
+    correction over the rows: see :mod:`apbm_core.study.report.statistics`. Seconds are of the runs that were timed
+    under the conditions that most were, NaN for a variant without any.
     """
-    rows = []
+    spread, rows = noise(records), []
     comparable = {record.id for record in timed_alike(list(records.values()))}
-    for variant in _ALL:
+    shown = [variant for variant in _ALL if any(name == variant.name for name, _ in records)]
+    against = [variant.name for variant in shown if variant.name != reference]
+    judged = judge([compared(records, name, reference) for name in against], spread).set_index(pd.Index(against))
+    for variant in shown:
         mine = {seed: record for (name, seed), record in records.items() if name == variant.name}
-        if not mine:
-            continue
-        accuracy = {seed: 100 * record.val_accuracy for seed, record in mine.items()}
-        mean, half = mean_and_interval(list(accuracy.values()))
         seconds = [record.seconds for record in mine.values() if record.id in comparable]
-        pairs = [
-            value - 100 * records[reference, seed].val_accuracy
-            for seed, value in accuracy.items()
-            if (reference, seed) in records
-        ]
-        difference, half_difference = mean_and_interval(pairs) if pairs else (float("nan"), float("nan"))
+        is_reference = variant.name == reference
+        found = {"difference": 0.0, "interval": 0.0, "pairs": len(mine), "p": math.nan, "p (Holm)": math.nan}
+        found = found | {"verdict": "the reference"} if is_reference else judged.loc[variant.name].to_dict()
         rows.append(
             {
                 "variant": variant.name,
                 "ingredient": variant.group,
                 "what": variant.label,
-                "accuracy": mean,
-                "interval": half,
+                "accuracy": sum(100 * record.val_accuracy for record in mine.values()) / len(mine),
+                "interval": spread.half_width_of_mean(len(mine)),
                 "n": len(mine),
-                "difference": difference,
-                "interval of difference": half_difference,
-                "pairs": len(pairs),
+                "difference": found["difference"],
+                "interval of difference": found["interval"],
+                "pairs": found["pairs"],
+                "p": found["p"],
+                "p (Holm)": found["p (Holm)"],
+                "verdict": found["verdict"],
                 "parameters removed": 100 * next(iter(mine.values())).parameters_removed,
                 "MACs removed": sum(100 * record.macs_removed for record in mine.values()) / len(mine),
                 "training seconds": sum(seconds) / len(seconds) if seconds else math.nan,
@@ -322,29 +343,31 @@ def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratc
 def ingredients(records: Mapping[tuple[str, int], RunRecord]) -> pd.DataFrame:
     """What each ingredient is worth: accuracy with it minus without it, in points, paired by seed.
 
-    Pairs of which nothing is recorded are left out. Intervals as in :func:`table`; a verdict needs three pairs.
+    Pairs of which nothing is recorded are left out. Intervals and verdicts as in :func:`table`, corrected over these
+    comparisons; each names its baseline, the variant without the ingredient.
     """
-    rows = []
-    for what, on, off in INGREDIENTS:
-        seeds = sorted(seed for name, seed in records if name == on and (off, seed) in records)
-        if not seeds:
-            continue
-        pairs = [100 * (records[on, seed].val_accuracy - records[off, seed].val_accuracy) for seed in seeds]
-        mean, half = mean_and_interval(pairs)
-        rows.append(
-            {
-                "ingredient": what,
-                "with": on,
-                "without": off,
-                "difference": mean,
-                "interval of difference": half,
-                "pairs": len(pairs),
-                "each": pairs,
-                "verdict": verdict(mean, half, len(pairs)) if len(pairs) >= PAIRS_FOR_A_VERDICT else "too few pairs",
-            }
-        )
-    columns = ["ingredient", "with", "without", "difference", "interval of difference", "pairs", "each", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    found = [(what, on, off, compared(records, on, off)) for what, on, off in INGREDIENTS]
+    found = [row for row in found if row[3].n]
+    judged = judge([comparison for *_, comparison in found], noise(records))
+    names = pd.DataFrame(
+        [(what, on, off, list(comparison.each)) for what, on, off, comparison in found],
+        columns=["ingredient", "with", "without", "each"],
+    )
+    both = pd.concat([names, judged.rename(columns={"interval": "interval of difference"})], axis=1)
+    return both[
+        [
+            "ingredient",
+            "with",
+            "without",
+            "difference",
+            "interval of difference",
+            "pairs",
+            "each",
+            "p",
+            "p (Holm)",
+            "verdict",
+        ]
+    ]
 
 
 def _known(name: str, known: Mapping[str, Any], what: str) -> Any:
