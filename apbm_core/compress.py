@@ -123,7 +123,8 @@ def collapse(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == bank.shape:
                 state[name] = fusion(value).clone()
-        bank.data, bank.grad = fusion(bank).clone(), None
+        # A graph that is still alive, by the last loss, remembers the shape; the swap leaves it with the old bank.
+        torch.utils.swap_tensors(bank, nn.Parameter(fusion(bank).clone(), requires_grad=bank.requires_grad))
         fusion.shrink()
 
 

@@ -328,6 +328,21 @@ def test_collapse_keeps_the_function_and_the_fused_momentum():
     assert not torch.equal(model[0].weight, value)
 
 
+def test_collapse_while_the_last_loss_is_still_alive():
+    """A loop keeps its last loss in a variable, and with it a graph that knows the bank's former shape."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = apbm_core.fuse(net, torch.zeros(1, 3, 9, 9), 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(4):
+        apbm_core.rescore(model, epoch / 4)
+        apbm_core.collapse(model, optimizer)
+        loss = model(torch.randn(4, 3, 9, 9)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert model[0].parametrizations.weight.original.shape == model[0].weight.shape == (4, 3, 3, 3)
+
+
 def test_a_collapsed_network_can_be_loaded_into_a_fresh_one():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     fresh = apbm_core.fuse(net, torch.zeros(1, 3, 9, 9), 0.5)
