@@ -77,7 +77,7 @@ lab: setup ## Open JupyterLab on the notebooks
 	$(PY) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks
 
 lock: setup ## Take the newest packages that pyproject.toml allows and pin them in requirements.lock
-	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev,onnx]'
+	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev,notebooks,onnx]'
 	@{ echo '# Every package of .venv, pinned. Written by `make lock`; environment.yml repeats the direct ones.'; \
 	   $(PY) -m pip freeze --all --exclude-editable --exclude pip | sed -E \
 	   's/^((cuda|nvidia|triton)[^ ]*)$$/\1 ; platform_system == "Linux" and platform_machine == "x86_64"/'; \

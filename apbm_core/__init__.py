@@ -13,4 +13,6 @@ from apbm_core.errors import ApbmError
 from apbm_core.fusion import FusionSettings
 from apbm_core.surgery import prunable_layers, slim
 
+__version__ = "0.2.0"
+
 __all__ = ["ApbmError", "FusionSettings", "collapse", "compact", "fuse", "prunable_layers", "rescore", "slim"]

@@ -30,7 +30,10 @@ def by_name(lines) -> dict[str, Requirement]:
 
 LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
 LOCK = by_name(LOCK_LINES)
-DIRECT = by_name([*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
+# A cluster's packages are installed by who has one (`make setup-cluster`), so they are not locked.
+EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "cluster"}
+DIRECT = by_name([*PROJECT["dependencies"], *sum(EXTRAS.values(), [])])
+DIRECT.pop(canonicalize_name(PROJECT["name"]))  # an extra that includes another one
 
 
 def pin(requirement: Requirement) -> str:
