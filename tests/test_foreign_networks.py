@@ -17,7 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import apbm_core
 from apbm_core.errors import ApbmError, UnsupportedNetwork
 from apbm_core.fusion import FusionSettings, fused_layers
-from apbm_core.study.methods import NAMES, fpgm, hrank, l1, random
+from apbm_core.study.methods import all_methods, fpgm, hrank, l1, random
 from apbm_core.study.networks.layers import keep_largest
 from apbm_core.study.report import deployment
 from apbm_core.surgery import why_not_prunable
@@ -97,8 +97,10 @@ CRITERIA = {
 
 
 def test_no_ranking_method_and_no_score_of_the_fusion_is_left_out():
-    ranking = {name for name in NAMES if hasattr(importlib.import_module(f"apbm_core.study.methods.{name}"), "scores")}
-    assert ranking == {name.lower() for name in CRITERIA} & set(NAMES)
+    ranking = {
+        name for name in all_methods() if hasattr(importlib.import_module(f"apbm_core.study.methods.{name}"), "scores")
+    }
+    assert ranking == {name.lower() for name in CRITERIA} & set(all_methods())
     tested = {(c.metric, c.score) for c in CRITERIA.values() if isinstance(c, FusionSettings)}
     scores = set(get_args(FusionSettings.model_fields["score"].annotation)) - {"l1"}  # the method L1's
     assert tested == {("euclidean", score) for score in scores} | {("cosine", "relative-entropy")}

@@ -11,7 +11,7 @@ from matplotlib.transforms import Bbox
 from apbm_core.study.ablation.design import VARIANTS
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.statistics import CONFIDENCE, PAIRS_FOR_A_VERDICT
-from apbm_core.study.report.style import COLOURS, in_lines
+from apbm_core.study.report.style import in_lines
 
 # Okabe and Ito's again; the references stay grey
 GROUP_COLOURS = {
@@ -39,7 +39,7 @@ def differences(table: pd.DataFrame, records: Records, reference: str = "scratch
     """
     rows = table[(table["variant"] != reference) & (table["pairs"] > 0)].iloc[::-1].reset_index(drop=True)
     figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.27 * len(rows)))
-    axis.axvline(0, color=COLOURS["scratch"], lw=1.2)
+    axis.axvline(0, color="black", lw=1.2)
     for place, row in rows.iterrows():
         colour = GROUP_COLOURS[row["ingredient"]]
         seeds = [seed for name, seed in records if name == row["variant"] and (reference, seed) in records]
@@ -71,7 +71,7 @@ def on_and_off(table: pd.DataFrame) -> Figure:
     """
     rows = table.iloc[::-1].reset_index(drop=True)
     figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.3 * len(rows)))
-    axis.axvline(0, color=COLOURS["scratch"], lw=1.2)
+    axis.axvline(0, color="black", lw=1.2)
     for place, row in rows.iterrows():
         colour = VERDICT_COLOURS.get(row["verdict"], "#999999")
         axis.plot(row["each"], [place] * row["pairs"], "o", color=colour, ms=3, alpha=0.45)

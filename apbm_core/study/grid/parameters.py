@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from apbm_core.errors import ConfigError
 from apbm_core.study.data.batches import Augmentation
 from apbm_core.study.data.datasets import known_side
-from apbm_core.study.methods import NAMES, Method, get_method
+from apbm_core.study.methods import Method, all_methods, default_methods, get_method
 from apbm_core.study.networks.models import MODELS, check_training_side
 from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, check_published_target, solve_model_widths
 from apbm_core.study.options import stated
@@ -29,7 +29,9 @@ class StudyParameters(BaseModel):
     dataset: str = Field("cifar10", description="cifar10, cifar100, digits, or a folder of images under $APBM_DATA")
     fallback: str | None = Field(None, description="the data set to take, and say so, if the first cannot be had")
     models: list[str] = Field(["resnet20"], min_length=1, description=f"networks: {', '.join(MODELS)}")
-    methods: list[str] = Field(list(NAMES), min_length=1, description=f"methods: {', '.join(NAMES)}")
+    methods: list[str] = Field(
+        default_factory=default_methods, min_length=1, description=f"methods: {', '.join(all_methods())}"
+    )
     targets: dict[str, list[float]] = Field(
         {"resnet20": [0.5]}, description="for each network the shares to remove, each above 0 and below 1"
     )
@@ -142,8 +144,8 @@ class StudyParameters(BaseModel):
                     f"{', '.join(self.models)}. Add it to models or leave it out."
                 )
         for name, rule in ((name, rule) for own in self.own_widths.values() for name, rule in own.items()):
-            if name not in self.methods or get_method(name).starts_from == "sparse" or name == "dense":
-                able = [m for m in self.methods if get_method(m).starts_from != "sparse" and m != "dense"]
+            able = [m for m in self.methods if not get_method(m).chooses_widths and m != "dense"]
+            if name not in able:
                 raise ValueError(
                     f"own_widths names {name!r}{closest(name, able)} Allowed: {', '.join(able) or 'none'}, the methods "
                     "of this study that are given their widths."

@@ -1,41 +1,48 @@
-"""The methods under comparison: one file each, found by its name.
+"""The methods under comparison: a file of this folder that defines ``LABEL`` is one, named by its file.
 
-A method's file defines ``LABEL`` (how plots call it) and ``prune(task) -> nn.Module``; where they differ from the
-defaults below, also ``Options`` (its settings, a pydantic model), ``STARTS_FROM`` and ``SCHEDULES``. Adding a method
-means adding one file and its name to ``NAMES``; a user's own method is named by the path of its file, which may lie
-anywhere and may define ``scores`` in place of ``prune`` (docs/own_criterion.md).
+A method's file defines ``LABEL`` (how plots call it) and ``prune(task) -> nn.Module`` or ``scores``; where they differ
+from the defaults of :class:`~apbm_core.study.methods.definition.Method`, also ``Options`` (its settings, a pydantic
+model), ``STARTS_FROM``, ``SCHEDULES``, ``PLACE``, ``COLOUR``, ``MARKER`` and so on. Nothing else names it: adding a
+method means adding one file. A user's own method is named by the path of its file, which may lie anywhere and defines
+the same (docs/own_criterion.md).
 """
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-
-from pydantic import BaseModel, ConfigDict
-from torch import nn
+import pkgutil
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.methods import user_file
+from apbm_core.study.methods.definition import Method, NoOptions, read
 from apbm_core.study.validation import closest
 
-NAMES = ("dense", "apbm", "dcff", "scratch", "hrank", "polarization", "swp", "l1", "fpgm", "random")
+__all__ = ["Method", "NoOptions", "all_methods", "default_methods", "get_method", "label", "ordered"]
 
 
-class NoOptions(BaseModel):
-    """For methods without settings."""
+def all_methods() -> Mapping[str, Method]:
+    """The study's methods by name, in the order of tables and plots.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises:
+        ConfigError: a file defines ``LABEL`` but not what else a method needs.
+    """
+    return _found(tuple(__path__))
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method as the study sees it."""
+@lru_cache(maxsize=8)
+def _found(folders: tuple[str, ...]) -> Mapping[str, Method]:
+    found = []
+    for entry in pkgutil.iter_modules(folders):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        if hasattr(module, "LABEL"):
+            found.append(read(module, entry.name, module.__file__))
+    return MappingProxyType({method.name: method for method in sorted(found, key=lambda m: (m.place, m.name))})
 
-    name: str
-    label: str
-    prune: Callable[..., nn.Module]
-    Options: type[BaseModel]
-    starts_from: str  # "scratch", "pretrained" (shared between methods) or "sparse" (a training of its own first)
-    schedules: tuple[str, ...]
+
+def default_methods() -> list[str]:
+    """The names of the methods that run where none are named."""
+    return [name for name, method in all_methods().items() if method.default]
 
 
 def get_method(name: str) -> Method:
@@ -45,27 +52,20 @@ def get_method(name: str) -> Method:
         ConfigError: there is none of that name (the message lists those there are), or the file defines no method.
     """
     if name.endswith(".py"):
-        module = user_file.load(name, NoOptions)
-    elif name in NAMES:
-        module = importlib.import_module(f"apbm_core.study.methods.{name}")
-    else:
+        return user_file.load(name)
+    known = all_methods()
+    if name not in known:
         raise ConfigError(
-            f"there is no method {name!r}{closest(name, NAMES)} Allowed: {', '.join(NAMES)}, or the path of a .py file."
+            f"there is no method {name!r}{closest(name, known)} Allowed: {', '.join(known)}, or the path of a .py file."
         )
-    return Method(
-        name=name,
-        label=module.LABEL,
-        prune=module.prune,
-        Options=getattr(module, "Options", NoOptions),
-        starts_from=getattr(module, "STARTS_FROM", "pretrained"),
-        schedules=getattr(module, "SCHEDULES", ("equal",)),
-    )
+    return known[name]
 
 
 def label(name: str) -> str:
     """How tables and plots call a method; a file that is gone since it was recorded goes by its own name.
 
-    ``method@rule`` is a method whose widths follow another rule than the others' (summary.series).
+    ``method@rule`` is a method whose widths follow another rule than the others'
+    (:func:`apbm_core.study.report.frames.series`).
     """
     name, _, rule = name.partition("@")
     if rule:
@@ -77,10 +77,6 @@ def label(name: str) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """The different ones of ``names`` in the order of tables and plots: ours first, then the user's own."""
-    found = set(names)
-    return sorted(found, key=lambda name: (_place(name.partition("@")[0]), name))
-
-
-def _place(name: str) -> int:
-    return NAMES.index(name) if name in NAMES else len(NAMES)
+    """The different ones of ``names`` in the order of tables and plots: the study's own first, then the user's."""
+    places = {name: place for place, name in enumerate(all_methods())}
+    return sorted(set(names), key=lambda name: (places.get(name.partition("@")[0], len(places)), name))

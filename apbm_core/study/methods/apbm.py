@@ -15,6 +15,9 @@ from apbm_core.study.networks.widths import entropy_budget_model_widths
 from apbm_core.study.training.hooks import Context, Hook
 
 LABEL = "APBM"
+SUMMARY = "unimportant filters are fused into important ones while training from scratch"
+SOURCE = "Qu, Zhang, Wang, CNN Pruning Method Based on Information Fusion Strategy, 2022"
+PLACE, COLOUR, MARKER = 10, "#D55E00", "o"
 STARTS_FROM = "scratch"
 SCHEDULES = ("equal", "equal-time")
 _CALIBRATION_IMAGES = 1024

@@ -14,6 +14,9 @@ from apbm_core.study.methods.task import Task
 from apbm_core.temperature import DcffTemperature
 
 LABEL = "DCFF"
+SUMMARY = "dynamic-coded filter fusion: the same fusion with its own temperatures, scored once an epoch"
+SOURCE = "Lin et al., Training Compact CNNs for Image Classification using Dynamic-coded Filter Fusion"
+PLACE, COLOUR, MARKER = 20, "#E69F00", "D"
 STARTS_FROM = "scratch"
 SCHEDULES = ("equal", "equal-time")
 

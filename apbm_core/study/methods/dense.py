@@ -5,6 +5,9 @@ from torch import nn
 from apbm_core.study.methods.task import Task
 
 LABEL = "dense"
+SUMMARY = "the whole network, from which nothing is removed"
+SOURCE = "the networks' own papers"
+PLACE, COLOUR, MARKER = 0, "#444444", "_"
 STARTS_FROM = "scratch"
 
 

@@ -14,6 +14,9 @@ from apbm_core.study.methods.ranking import prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "FPGM"
+SUMMARY = "filters nearest to their layer's geometric median go"
+SOURCE = "He et al., Filter Pruning via Geometric Median, CVPR 2019"
+PLACE, COLOUR, MARKER = 80, "#8C6D31", "*"
 
 
 def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:

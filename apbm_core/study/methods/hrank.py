@@ -15,6 +15,9 @@ from apbm_core.study.networks.feature_maps import visit_feature_maps
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "HRank"
+SUMMARY = "channels whose feature maps have the lowest rank go"
+SOURCE = "Lin et al., HRank, CVPR 2020"
+PLACE, COLOUR, MARKER = 40, "#0072B2", "v"
 SCHEDULES = ("equal", "published")
 
 BATCH_SIZE = 128

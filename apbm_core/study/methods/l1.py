@@ -12,6 +12,9 @@ from apbm_core.study.methods.ranking import prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "L1"
+SUMMARY = "filters of the smallest L1 norm go"
+SOURCE = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017"
+PLACE, COLOUR, MARKER = 70, "#56B4E9", "p"
 
 
 def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:

@@ -34,6 +34,9 @@ from apbm_core.study.training.hooks import Context, Hook
 from apbm_core.surgery import slim
 
 LABEL = "Polarization"
+SUMMARY = "BatchNorm's scales are pushed apart, to 0 or well above, and cut in the gap"
+SOURCE = "Zhuang et al., Neuron-level Structured Pruning using Polarization Regularizer, NeurIPS 2020"
+PLACE, COLOUR, MARKER = 50, "#CC79A7", "^"
 STARTS_FROM = "sparse"
 SCHEDULES = ("equal", "published")
 

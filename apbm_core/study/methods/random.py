@@ -10,6 +10,9 @@ from apbm_core.study.methods.ranking import prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "random"
+SUMMARY = "filters go by lot"
+SOURCE = "the control that every criterion must beat"
+PLACE, COLOUR, MARKER = 90, "#999999", "X"
 
 
 def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:

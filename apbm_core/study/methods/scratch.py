@@ -14,6 +14,9 @@ from apbm_core.study.networks.models import build_model
 from apbm_core.study.options import added
 
 LABEL = "slim from scratch"
+SUMMARY = "the slim network trained from scratch, without any fusion"
+SOURCE = "Liu et al., Rethinking the Value of Network Pruning, ICLR 2019"
+PLACE, COLOUR, MARKER = 30, "#000000", "s"
 STARTS_FROM = "scratch"
 SCHEDULES = ("equal", "equal-time")
 

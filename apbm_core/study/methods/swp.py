@@ -44,6 +44,9 @@ from apbm_core.study.networks.stripes import (
 from apbm_core.study.training.hooks import Context, Hook
 
 LABEL = "SWP"
+SUMMARY = "every filter learns the shape of its kernel; its weakest stripes go"
+SOURCE = "Meng et al., Pruning Filter in Filter, NeurIPS 2020"
+PLACE, COLOUR, MARKER = 60, "#009E73", "P"
 STARTS_FROM = "sparse"
 SCHEDULES = ("equal", "published")
 

@@ -9,26 +9,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from apbm_core.errors import ConfigError
 from apbm_core.files import write_atomically
-from apbm_core.study.methods import NAMES
+from apbm_core.study.methods import get_method
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, and three more; APBM gets the strongest.
-COLOURS = {
-    "dense": "#444444",
-    "apbm": "#D55E00",
-    "dcff": "#E69F00",
-    "scratch": "#000000",
-    "hrank": "#0072B2",
-    "polarization": "#CC79A7",
-    "swp": "#009E73",
-    "l1": "#56B4E9",
-    "fpgm": "#8C6D31",
-    "random": "#999999",
-}
-MARKERS = dict(zip(NAMES, "_oDsv^Pp*X", strict=True))
-OWN_COLOURS = ("#332288", "#882255", "#117733", "#AA4499", "#6699CC", "#661100")  # for the user's own (Tol's "muted")
+# The methods' colours, each in its file, are Okabe and Ito's, which the colour-blind can tell apart, and three more.
+OWN_COLOURS = ("#332288", "#882255", "#117733", "#AA4499", "#6699CC", "#661100")  # for those without (Tol's "muted")
 OWN_MARKERS = "<>8dH"
-_own: dict[str, int] = {}  # the user's methods in the order in which they were first drawn
+_own: dict[str, int] = {}  # methods without a colour or mark, in the order in which they were first drawn
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
@@ -45,16 +33,24 @@ STYLE = {
 
 
 def colour(method: str) -> str:
-    """A method's colour, the same in every figure; the user's own methods get those that are left."""
+    """A method's colour, the same in every figure; one without a colour of its own gets one that is left."""
     method = method.partition("@")[0]  # with other widths it is still the same method
-    return COLOURS.get(method) or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
+    return _look(method, "colour") or OWN_COLOURS[_own.setdefault(method, len(_own)) % len(OWN_COLOURS)]
 
 
 def marker(method: str) -> str:
     """A method's mark, likewise; with other widths than the others' a cross of its own."""
     if "@" in method:
         return "H" if method.startswith("apbm@") else "x"
-    return MARKERS.get(method) or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
+    return _look(method, "marker") or OWN_MARKERS[_own.setdefault(method, len(_own)) % len(OWN_MARKERS)]
+
+
+def _look(method: str, attribute: str) -> str | None:
+    """What the method's file says; None if it says nothing, or is gone since the method was recorded."""
+    try:
+        return getattr(get_method(method), attribute)
+    except ConfigError:
+        return None
 
 
 def use_style() -> None:

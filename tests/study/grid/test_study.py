@@ -17,7 +17,7 @@ from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
 from apbm_core.study.grid.grid import Study, _spread
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.workers import plan_workers, run_side_by_side
-from apbm_core.study.methods import NAMES, get_method, label
+from apbm_core.study.methods import default_methods, get_method, label
 from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.storage import load_compact
@@ -44,8 +44,8 @@ def finished(tmp_path_factory):
 
 def test_every_method_is_recorded_once(finished):
     study, records = finished
-    assert sorted(r.config.method for r in records) == sorted(NAMES)
-    assert len(list(study.results.runs.glob("*.json"))) == len(NAMES)
+    assert sorted(r.config.method for r in records) == sorted(default_methods())
+    assert len(list(study.results.runs.glob("*.json"))) == len(default_methods())
     assert not [path for path in study.results.work.iterdir() if path.is_dir() and not path.name.startswith("pretrain")]
 
 
@@ -128,7 +128,7 @@ def test_tables_from_records(finished):
     _, records = finished
     frame = runs_frame(records)
     table = points(frame)
-    assert len(table) == len(NAMES) and set(table["n"]) == {1} and table["interval"].isna().all()
+    assert len(table) == len(default_methods()) and set(table["n"]) == {1} and table["interval"].isna().all()
     rivals = against_rivals(frame)
     apbm, l1 = (frame[frame["method"] == name]["accuracy"].item() for name in ("apbm", "l1"))
     assert rivals[rivals["rival"] == "L1"]["difference"].item() == pytest.approx(apbm - l1)
@@ -360,7 +360,7 @@ def test_the_tables_of_04_have_the_time_of_every_phase(finished, tmp_path):
     study, records = finished
     page.target_tables(Study(study.parameters, tmp_path), records, "targets")
     table = pd.read_csv(tmp_path / "tables" / "targets_resnet20_50.csv").set_index("method")
-    assert len(table) == len(NAMES)
+    assert len(table) == len(default_methods())
     for record in records:
         row = table.loc[label(record.config.method)]
         for phase in record.phases:

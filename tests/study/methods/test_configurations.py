@@ -14,7 +14,7 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.run import execute
-from apbm_core.study.methods import NAMES, get_method
+from apbm_core.study.methods import all_methods, get_method
 from apbm_core.study.networks.models import MODELS
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.widths import SOLVERS
@@ -47,7 +47,7 @@ option_values = scalars | st.sampled_from(["all", "entropy", "delta", "search", 
 @st.composite
 def method_options(draw, method: str):
     """Settings for a method: its own names and some that are not, with values of all kinds."""
-    if method not in NAMES:
+    if method not in all_methods():
         return draw(st.dictionaries(words, scalars, max_size=2))
     own = sorted(get_method(method).Options.model_fields)
     values = draw(st.dictionaries(st.sampled_from([*own, "alhpa", "tau"]), option_values, max_size=2))
@@ -74,7 +74,7 @@ LIKELY = {
     "dataset": st.sampled_from(["digits", "cifar10", "cifar100", "my images", "../x"]),
     "fallback": st.sampled_from([None, "digits"]),
     "models": several(st.sampled_from([*MODELS, "resnet21"])),
-    "methods": several(st.sampled_from([*NAMES, "abpm", "own.py"])),
+    "methods": several(st.sampled_from([*all_methods(), "abpm", "own.py"])),
     "targets": st.dictionaries(st.sampled_from([*MODELS, "resnet21"]), several(shares), max_size=2),
     "by": st.sampled_from(["params", "macs", "flops"]),
     "widths": st.sampled_from([*SOLVERS, *PUBLISHED_WIDTHS, "dcff"]),
@@ -84,7 +84,7 @@ LIKELY = {
     "recipe": st.sampled_from([*RECIPES, "slow"]),
     "recipe_overrides": recipe_overrides,
     "split": st.sampled_from(["final", "tuning", "test"]),
-    "options": st.sampled_from([*NAMES, "abpm"]).flatmap(
+    "options": st.sampled_from([*all_methods(), "abpm"]).flatmap(
         lambda name: st.fixed_dictionaries({name: method_options(name)})
     ),
     "device": st.sampled_from(["auto", "cpu", "tpu", "cuda:9"]),
@@ -226,7 +226,7 @@ TINY = {
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    method=st.sampled_from(NAMES),
+    method=st.sampled_from(list(all_methods())),
     share=st.floats(0.05, 0.95),
     by=st.sampled_from(["params", "macs"]),
     split=st.sampled_from(["final", "tuning"]),
@@ -296,7 +296,7 @@ def test_apbms_options_run_or_are_refused_before_it_trains(options, share, epoch
     assert record.parameters_removed == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", list(all_methods()))
 def test_every_methods_options_refuse_nan_and_the_unknown_by_name(name):
     options = get_method(name).Options
     with pytest.raises(ConfigError, match="'unknwon' is not a parameter"):
