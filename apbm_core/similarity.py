@@ -6,10 +6,12 @@ Compact CNNs for Image Classification using Dynamic-coded Filter Fusion", sectio
 A layer has ``n`` filters; filter ``i`` flattened is the row ``w_i`` of ``W``, of ``d = c_in * k * k`` numbers. Then
 
 .. math::
-    D_{ij} = \lVert w_i - w_j \rVert_2                      \quad\text{distance}
-    p_i = \operatorname{softmax}_j(-T D_{ij})               \quad\text{similarity distribution of filter } i
-    H_i = -\sum_j p_{ij} \log p_{ij}                        \quad\text{its entropy}
-    S_i = \sum_k \mathrm{KL}(p_i \Vert p_k)                 \quad\text{its importance}
+    \begin{align*}
+    D_{ij} &= \lVert w_i - w_j \rVert_2          &\quad\text{distance} \\
+    p_i &= \operatorname{softmax}_j(-T D_{ij})   &\quad\text{similarity distribution of filter } i \\
+    H_i &= -\sum_j p_{ij} \log p_{ij}            &\quad\text{its entropy} \\
+    S_i &= \sum_k \mathrm{KL}(p_i \Vert p_k)     &\quad\text{its importance}
+    \end{align*}
 
 A filter that many others resemble has a distribution like theirs, a small ``S``, and little that would be missed.
 Everything below works with ``L = log p``, never with ``log`` of a probability, so a probability that underflows to 0

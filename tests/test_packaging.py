@@ -27,7 +27,6 @@ USED_OTHERWISE = {
     "ipywidgets": "draws tqdm's bars and the sliders of explore.ipynb",
     "jupyterlab": "make lab",
     "onnx": "torch.onnx",
-    "pdoc": "make docs",
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "setuptools": "builds the wheel without a network",

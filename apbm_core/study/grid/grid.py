@@ -1,6 +1,6 @@
-"""A study: parameters -> a grid of runs -> their records; what is recorded is not run again.
+"""A study: parameters -> a grid of runs -> their records; what is recorded is not run again::
 
-study = Study.of(dataset="digits", models=["resnet20"], methods=["apbm", "scratch"], targets={"resnet20": [0.5]})
+study = Study.of(dataset="digits", models=["resnet20"], methods=["apbm", "l1"], targets={"resnet20": [0.5]})
 records = study.run()
 """
 

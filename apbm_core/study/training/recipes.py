@@ -82,7 +82,7 @@ class Recipe(BaseModel):
 
 RECIPES = MappingProxyType(
     {
-        # A few epochs: one cycle with a high peak (Smith and Topin 2018), methods.md 7 with half its batch size
+        # A few epochs: one cycle with a high peak (Smith and Topin 2018; methods.md 7)
         "fast": Recipe(
             name="fast",
             default_epochs=30,
