@@ -10,7 +10,7 @@ from apbm_core.errors import ConfigError
 from apbm_core.study.data.batches import Augmentation
 from apbm_core.study.data.datasets import known_side
 from apbm_core.study.methods import Method, all_methods, default_methods, get_method
-from apbm_core.study.networks.models import MODELS, check_training_side
+from apbm_core.study.networks.models import all_networks, check_training_side, get_network
 from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, check_published_target, solve_model_widths
 from apbm_core.study.options import stated
 from apbm_core.study.records import RunConfig
@@ -28,7 +28,7 @@ class StudyParameters(BaseModel):
 
     dataset: str = Field("cifar10", description="cifar10, cifar100, digits, or a folder of images under $APBM_DATA")
     fallback: str | None = Field(None, description="the data set to take, and say so, if the first cannot be had")
-    models: list[str] = Field(["resnet20"], min_length=1, description=f"networks: {', '.join(MODELS)}")
+    models: list[str] = Field(["resnet20"], min_length=1, description=f"networks: {', '.join(all_networks())}")
     methods: list[str] = Field(
         default_factory=default_methods, min_length=1, description=f"methods: {', '.join(all_methods())}"
     )
@@ -110,8 +110,7 @@ class StudyParameters(BaseModel):
     @model_validator(mode="after")
     def _names_are_known(self):
         for name in (*self.models, *self.targets, *self.own_widths):
-            if name not in MODELS:
-                raise ValueError(f"there is no network {name!r}{closest(name, MODELS)} Allowed: {', '.join(MODELS)}.")
+            get_network(name)
         for name in (*self.methods, *self.options):
             get_method(name)
         missing = [model for model in self.models if not self.targets.get(model)]

@@ -7,13 +7,12 @@ method means adding one file. A user's own method is named by the path of its fi
 the same (docs/own_criterion.md).
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
 from apbm_core.errors import ConfigError
+from apbm_core.study.discovery import modules_defining
 from apbm_core.study.methods import user_file
 from apbm_core.study.methods.definition import Method, NoOptions, read
 from apbm_core.study.validation import closest
@@ -32,11 +31,8 @@ def all_methods() -> Mapping[str, Method]:
 
 @lru_cache(maxsize=8)
 def _found(folders: tuple[str, ...]) -> Mapping[str, Method]:
-    found = []
-    for entry in pkgutil.iter_modules(folders):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        if hasattr(module, "LABEL"):
-            found.append(read(module, entry.name, module.__file__))
+    modules = modules_defining("LABEL", __name__, folders)
+    found = [read(module, module.__name__.rpartition(".")[2], module.__file__) for module in modules]
     return MappingProxyType({method.name: method for method in sorted(found, key=lambda m: (m.place, m.name))})
 
 

@@ -1,140 +1,57 @@
-"""CIFAR networks, dense or with the filter counts of a widths table.
-
-VGG16 is the CIFAR variant of Simonyan & Zisserman (2015) that pruning papers use: 13 convolutions with BatchNorm and a
-single linear layer. ResNet20/56/110 are the CIFAR networks of He et al. (2016), section 4.2.
+"""The networks under comparison by name: a file of this folder that defines ``NETWORKS`` adds its own, as vgg.py does.
 
 A *widths* table holds one filter count for each prunable convolution: all 13 of VGG16; in a ResNet each block's first
 convolution, because the second one's outputs are tied to the rest of their stage by the residual addition.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from numbers import Integral
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from apbm_core.errors import ConfigError
-
-VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-VGG16_POOLS = (2, 4, 7, 10, 13)  # a 2x2 max-pool follows these convolutions, counted from 1
-RESNET_STAGES = (16, 32, 64)
-RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}  # blocks in each stage; depth = 6 * blocks + 2
-
-MODELS = ("vgg16", *RESNET_BLOCKS)
-
-VGG16_SIDES = (32, 63)  # sides of an image, in pixels, that five poolings bring to 1
-SMALLEST_RESNET_SIDE = 8  # the last of its three stages sees a quarter of it: more than one pixel
+from apbm_core.study import networks
+from apbm_core.study.discovery import modules_defining
+from apbm_core.study.networks.definition import Network
+from apbm_core.study.validation import closest
+from apbm_core.surgery import prunable_layers
 
 
-class VGG16(nn.Module):
-    """VGG16 for CIFAR: (N, 3, 32, 32) images to (N, num_classes) logits; sides up to 63 also end in 1x1 maps.
+def all_networks() -> Mapping[str, Network]:
+    """The networks by name."""
+    return _found(tuple(networks.__path__))
 
-    Args:
-        num_classes: Number of logits.
-        widths: Filters of the 13 convolutions.
-        conv_bias: Whether convolutions have a bias. BatchNorm cancels it, but the published parameter count
-            of 14,728,266 (methods.md 2) includes it.
+
+@lru_cache(maxsize=8)
+def _found(folders: tuple[str, ...]) -> Mapping[str, Network]:
+    found: dict[str, Network] = {}
+    for module in modules_defining("NETWORKS", networks.__name__, folders):
+        twice = sorted(found.keys() & module.NETWORKS.keys())
+        if twice:
+            raise ConfigError(f"{module.__file__} names a network {twice[0]!r}, which another file has; rename one.")
+        found |= module.NETWORKS
+    return MappingProxyType(found)
+
+
+def get_network(name: str) -> Network:
+    """The network called ``name``.
 
     Raises:
-        ConfigError: On the forward pass, if the images' sides are outside 32..63 pixels.
+        ConfigError: there is none of that name; the message lists those there are.
     """
-
-    def __init__(self, num_classes: int, widths: Sequence[int], conv_bias: bool = True):
-        super().__init__()
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        channels = 3
-        for i, width in enumerate(widths, start=1):
-            layers[f"conv{i}"] = nn.Conv2d(channels, width, 3, padding=1, bias=conv_bias)
-            layers[f"norm{i}"] = nn.BatchNorm2d(width)
-            layers[f"relu{i}"] = nn.ReLU()
-            if i in VGG16_POOLS:
-                layers[f"pool{i}"] = nn.MaxPool2d(2)
-            channels = width
-        self.features = nn.Sequential(layers)
-        self.classifier = nn.Linear(channels, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        least, most = VGG16_SIDES
-        if not (least <= height <= most and least <= width <= most):
-            raise ConfigError(
-                f"VGG16 got images of {height}x{width} pixels; five poolings reach 1x1 only from sides of 32 to 63. "
-                "Resize the images, or use a ResNet."
-            )
-        return self.classifier(self.features(images).flatten(1))
+    known = all_networks()
+    if name not in known:
+        raise ConfigError(f"there is no network {name!r}{closest(name, known)} Allowed: {', '.join(known)}.")
+    return known[name]
 
 
-class PadShortcut(nn.Module):
-    """Option A of He et al. (2016): every second pixel, and zero channels on both sides up to ``out_channels``."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        before = (out_channels - in_channels) // 2
-        self.padding = (0, 0, 0, 0, before, out_channels - in_channels - before)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a residual addition; ``width`` is the first one's filter count."""
-
-    def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, shortcut: str):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.relu2 = nn.ReLU()
-        if in_channels == out_channels and stride == 1:
-            self.shortcut = nn.Identity()
-        elif shortcut == "A":
-            self.shortcut = PadShortcut(in_channels, out_channels, stride)
-        else:
-            projection = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(OrderedDict(conv=projection, norm=nn.BatchNorm2d(out_channels)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu1(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
-        return self.relu2(out + self.shortcut(x))
-
-
-class CifarResNet(nn.Module):
-    """CIFAR ResNet of three stages: (N, 3, H, W) images to (N, num_classes) logits, any H and W.
-
-    Args:
-        num_classes: Number of logits.
-        widths: Filters of each block's first convolution, three stages of equally many blocks.
-        shortcut: Where a stage changes the shape, "A" subsamples and pads with zeros (no parameters), "B" is a
-            1x1 convolution with BatchNorm.
-    """
-
-    def __init__(self, num_classes: int, widths: Sequence[int], shortcut: str = "A"):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, RESNET_STAGES[0], 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(RESNET_STAGES[0])
-        self.relu1 = nn.ReLU()
-        blocks = len(widths) // 3
-        self.layer1 = _stage(RESNET_STAGES[0], RESNET_STAGES[0], widths[:blocks], 1, shortcut)
-        self.layer2 = _stage(RESNET_STAGES[0], RESNET_STAGES[1], widths[blocks : 2 * blocks], 2, shortcut)
-        self.layer3 = _stage(RESNET_STAGES[1], RESNET_STAGES[2], widths[2 * blocks :], 2, shortcut)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(RESNET_STAGES[2], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.relu1(self.norm1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.classifier(self.pool(x).flatten(1))
-
-
-def _stage(in_channels: int, out_channels: int, widths: Sequence[int], stride: int, shortcut: str) -> nn.Sequential:
-    first = BasicBlock(in_channels, out_channels, widths[0], stride, shortcut)
-    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, width, 1, shortcut) for width in widths[1:]))
+def network_label(name: str) -> str:
+    """How tables and plots call a network; one that is gone since it was recorded goes by its name."""
+    known = all_networks()
+    return known[name].label if name in known else name
 
 
 def build_model(name: str, num_classes: int = 10, widths: Sequence[int] | None = None, **options) -> nn.Module:
@@ -145,66 +62,75 @@ def build_model(name: str, num_classes: int = 10, widths: Sequence[int] | None =
     is allocated.
 
     Args:
-        name: One of ``MODELS``.
+        name: One of ``all_networks()``.
         num_classes: Number of logits.
         widths: Filter counts in the order of ``prunable_convs(name)``; ``None`` is the dense network.
-        **options: VGG16: ``conv_bias`` (bool, default True). ResNets: ``shortcut`` ("A", the default, or "B").
+        **options: Those of the network: VGG16's ``conv_bias``, the ResNets' ``shortcut``.
 
     Raises:
         ConfigError: On an unknown name or option, or a value out of range.
     """
     check_model(name, num_classes, options)
     widths = dense_widths(name) if widths is None else _checked_widths(name, widths)
-    network = VGG16 if name == "vgg16" else CifarResNet
-    model = network(int(num_classes), widths, **options)
+    model = get_network(name).module(int(num_classes), widths, **options)
     _initialise(model)
     return model
 
 
 def check_model(name: str, num_classes: int, options: Mapping[str, object]) -> None:
     """Raise ConfigError unless ``build_model(name, num_classes, **options)`` describes a network."""
-    allowed = {"conv_bias": (True, False)} if _known(name) == "vgg16" else {"shortcut": ("A", "B")}
+    allowed = get_network(name).options
     if not _is_positive_int(num_classes):
         raise ConfigError(f"num_classes is {num_classes!r}; it must be a whole number of at least 1.")
     for option, value in options.items():
         if option not in allowed:
-            raise ConfigError(f"{name} has no option {option!r}; its only option is {next(iter(allowed))!r}.")
+            raise ConfigError(f"{name} has no option {option!r}; allowed: {', '.join(map(repr, allowed)) or 'none'}.")
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed[option]):
             raise ConfigError(f"{name}'s {option} is {value!r}; choose one of {', '.join(map(repr, allowed[option]))}.")
 
 
 def check_training_side(name: str, side: int) -> None:
     """Raise ConfigError unless the network can be trained on square images of this side, in pixels."""
-    if _known(name) == "vgg16" and not VGG16_SIDES[0] <= side <= VGG16_SIDES[1]:
+    network = get_network(name)
+    least, most = network.sides
+    if side < least or (most is not None and side > most):
+        allowed = f"at least {least}" if most is None else f"{least} to {most}"
         raise ConfigError(
-            f"vgg16 cannot train on crops of {side} pixels: its five poolings need 32 to 63. Set crop to one of these, "
-            "or to None for whole images of 32, or use a ResNet."
+            f"{name} cannot train on crops of {side} pixels: so that {network.needs}, it takes {allowed}. Set crop to "
+            f"{allowed}, or to None for whole images, or use another network."
         )
-    if side < SMALLEST_RESNET_SIDE:
-        raise ConfigError(
-            f"{name} cannot train on crops of {side} pixels: too little of the image would reach its last layers. Set "
-            f"crop to at least {SMALLEST_RESNET_SIDE}, or to None for whole images."
-        )
-
-
-def prunable_convs(name: str) -> tuple[str, ...]:
-    """Module names of the convolutions that a widths table sizes, from input to output."""
-    if _known(name) == "vgg16":
-        return tuple(f"features.conv{i}" for i in range(1, len(VGG16_WIDTHS) + 1))
-    return tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(RESNET_BLOCKS[name]))
 
 
 def dense_widths(name: str) -> tuple[int, ...]:
     """Filter counts of ``prunable_convs(name)`` in the dense network."""
-    if _known(name) == "vgg16":
-        return VGG16_WIDTHS
-    return tuple(width for width in RESNET_STAGES for _ in range(RESNET_BLOCKS[name]))
+    return get_network(name).widths
 
 
-def _known(name: str) -> str:
-    if name not in MODELS:
-        raise ConfigError(f"Unknown model {name!r}; choose one of {', '.join(MODELS)}.")
-    return name
+def prunable_convs(name: str) -> tuple[str, ...]:
+    """Module names of the convolutions that a widths table sizes, from input to output.
+
+    Raises:
+        ConfigError: The network's file states other dense widths than those of its prunable convolutions.
+    """
+    return _traced(get_network(name))
+
+
+@cache
+def _traced(network: Network) -> tuple[str, ...]:
+    with torch.device("meta"):
+        found = prunable_layers(network.module(10, network.widths), torch.zeros(1, 3, *2 * (example_side(network),)))
+    if tuple(found.values()) != network.widths:
+        raise ConfigError(
+            f"{network.label} states the dense widths {network.widths}, but its prunable convolutions have {found}; "
+            "state these."
+        )
+    return tuple(found)
+
+
+def example_side(network: Network) -> int:
+    """The side of the square images that a network's size is stated for: CIFAR's 32 pixels where it takes those."""
+    least, most = network.sides
+    return max(least, 32) if most is None else min(max(least, 32), most)
 
 
 def _is_positive_int(value: object) -> bool:
@@ -217,8 +143,9 @@ def _checked_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
         raise ConfigError(f"widths is {widths!r}; {name} takes a list of {len(dense)} filter counts.")
     if len(widths) != len(dense):
         raise ConfigError(f"widths has {len(widths)} numbers; {name} takes {len(dense)}, one for each prunable layer.")
-    for layer, width, most in zip(prunable_convs(name), widths, dense, strict=True):
+    for place, (width, most) in enumerate(zip(widths, dense, strict=True)):
         if not _is_positive_int(width) or width > most:
+            layer = prunable_convs(name)[place]
             raise ConfigError(
                 f"The width of {name}'s {layer} is {width!r}; it must be a whole number from 1 to {most}."
             )

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from apbm_core.errors import ConfigError
-from apbm_core.study.networks.models import RESNET_BLOCKS, RESNET_STAGES, VGG16_POOLS, check_model, dense_widths
+from apbm_core.study.networks.models import check_model, dense_widths
+from apbm_core.study.networks.resnet import STAGES as RESNET_STAGES
+from apbm_core.study.networks.vgg import POOLS as VGG16_POOLS
 
 SizeFunction = Callable[[Sequence[int]], int]
 
@@ -41,7 +43,7 @@ def size_function(name: str, num_classes: int, by: str = "params", **options) ->
     def resnet(widths: Sequence[int]) -> int:
         stem = RESNET_STAGES[0]
         total = conv(3, stem, 32) + linear(RESNET_STAGES[-1])
-        blocks = RESNET_BLOCKS[name]
+        blocks = len(layers) // len(RESNET_STAGES)
         for stage, c_out in enumerate(RESNET_STAGES):
             c_in, side = RESNET_STAGES[max(stage - 1, 0)], 32 >> stage
             if options.get("shortcut", "A") == "B" and stage > 0:

@@ -9,11 +9,11 @@ import pandas as pd
 from scipy import stats
 
 from apbm_core.study.methods import label, ordered
+from apbm_core.study.networks.models import network_label
 from apbm_core.study.records import RunRecord, read_record
 
 CONFIDENCE = 0.95
 PAIRS_FOR_A_VERDICT = 3  # methods.md 6
-MODEL_LABELS = {"vgg16": "VGG16", "resnet20": "ResNet20", "resnet56": "ResNet56", "resnet110": "ResNet110"}
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
@@ -253,7 +253,7 @@ def beside_published(records: Sequence[RunRecord], published: Path) -> pd.DataFr
 
 
 def label_model(model: str) -> str:
-    return MODEL_LABELS.get(model, model)
+    return network_label(model)
 
 
 def label_dataset(dataset: str) -> str:

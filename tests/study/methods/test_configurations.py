@@ -15,7 +15,7 @@ from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.run import execute
 from apbm_core.study.methods import all_methods, get_method
-from apbm_core.study.networks.models import MODELS
+from apbm_core.study.networks.models import all_networks
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.widths import SOLVERS
 from apbm_core.study.pages.profiles import parse_assignments
@@ -73,9 +73,9 @@ recipe_overrides = st.dictionaries(
 LIKELY = {
     "dataset": st.sampled_from(["digits", "cifar10", "cifar100", "my images", "../x"]),
     "fallback": st.sampled_from([None, "digits"]),
-    "models": several(st.sampled_from([*MODELS, "resnet21"])),
+    "models": several(st.sampled_from([*all_networks(), "resnet21"])),
     "methods": several(st.sampled_from([*all_methods(), "abpm", "own.py"])),
-    "targets": st.dictionaries(st.sampled_from([*MODELS, "resnet21"]), several(shares), max_size=2),
+    "targets": st.dictionaries(st.sampled_from([*all_networks(), "resnet21"]), several(shares), max_size=2),
     "by": st.sampled_from(["params", "macs", "flops"]),
     "widths": st.sampled_from([*SOLVERS, *PUBLISHED_WIDTHS, "dcff"]),
     "epochs": st.integers(-1, 4) | numbers,

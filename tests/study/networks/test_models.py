@@ -1,4 +1,6 @@
-"""The CIFAR networks against torchvision's layers, published counts and torch-pruning."""
+"""The CIFAR networks against torchvision's layers, published counts and torch-pruning; and one file more."""
+
+import sys
 
 import pytest
 import torch
@@ -8,15 +10,17 @@ from torchvision.models import vgg
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
 from apbm_core.errors import ConfigError
+from apbm_core.study import networks
 from apbm_core.study.networks.models import (
-    MODELS,
-    BasicBlock,
-    PadShortcut,
+    all_networks,
     build_model,
     check_model,
+    check_training_side,
     dense_widths,
+    network_label,
     prunable_convs,
 )
+from apbm_core.study.networks.resnet import BasicBlock, PadShortcut
 
 
 def randomise_norms(model: nn.Module) -> None:
@@ -60,7 +64,7 @@ def test_option_a_shortcut_is_a_strided_identity_convolution(side):
     torch.testing.assert_close(PadShortcut(16, 32, 2)(x), nn.functional.conv2d(x, kernel, stride=2))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", list(all_networks()))
 def test_widths_follow_prunable_convs_and_every_relu_is_its_own_module(name):
     dense = dense_widths(name)
     widths = [n - 1 - i % 3 for i, n in enumerate(dense)]
@@ -129,7 +133,7 @@ def test_vgg16_takes_other_images_that_end_in_one_pixel():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"name": "vgg19"}, "'vgg19'.*vgg16.*resnet110"),
+        ({"name": "vgg19"}, "'vgg19'.*did you mean 'vgg16'.*resnet110.*vgg16"),
         ({"name": "vgg16", "num_classes": 0}, "num_classes is 0"),
         ({"name": "vgg16", "num_classes": True}, "num_classes is True"),
         ({"name": "vgg16", "widths": [64] * 12}, "12 numbers.*13"),
@@ -150,3 +154,61 @@ def test_impossible_arguments_are_named(arguments, words):
 def test_check_model_accepts_what_build_model_builds():
     check_model("resnet20", 100, {"shortcut": "B"})
     assert build_model("resnet20", 100, shortcut="B").layer2[0].shortcut.conv.weight.shape == (32, 16, 1, 1)
+
+
+def test_the_prunable_convolutions_are_vgg16s_all_and_the_first_of_every_resnet_block():
+    assert prunable_convs("vgg16") == tuple(f"features.conv{i}" for i in range(1, 14))
+    for name, blocks in [("resnet20", 3), ("resnet56", 9), ("resnet110", 18)]:
+        expected = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(blocks))
+        assert prunable_convs(name) == expected
+        assert dense_widths(name) == (16,) * blocks + (32,) * blocks + (64,) * blocks
+
+
+SMALL = """
+from torch import nn
+from apbm_core.study.networks.definition import Network
+
+class Small(nn.Module):
+    def __init__(self, num_classes, widths):
+        super().__init__()
+        (a, b) = widths
+        self.conv1, self.norm1 = nn.Conv2d(3, a, 3, stride=2, bias=False), nn.BatchNorm2d(a)
+        self.conv2, self.norm2 = nn.Conv2d(a, b, 3, stride=2), nn.BatchNorm2d(b)
+        self.pool, self.classifier = nn.AdaptiveAvgPool2d(2), nn.Linear(4 * b, num_classes)
+
+    def forward(self, x):
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
+        return self.classifier(self.pool(x).flatten(1))
+
+NETWORKS = {"small": Network(label="Small Net", module=Small, widths=(12, 20), sides=(16, 64), needs="a map is left")}
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A file more in the folder of the networks, as far as the import system can tell."""
+    (tmp_path / "small.py").write_text(SMALL)
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    yield tmp_path
+    sys.modules.pop(f"{networks.__name__}.small", None)
+
+
+def test_a_further_file_is_a_further_network(small):
+    assert "small" in all_networks() and network_label("small") == "Small Net" and network_label("gone") == "gone"
+    assert prunable_convs("small") == ("conv1", "conv2") and dense_widths("small") == (12, 20)
+    assert build_model("small", 7, [3, 4])(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    check_training_side("small", 16)
+    with pytest.raises(ConfigError, match="small cannot train on crops of 15 pixels: so that a map is left, it takes 16 to 64"):
+        check_training_side("small", 15)
+
+
+def test_a_file_that_states_other_widths_than_its_network_has_is_refused(small):
+    (small / "small.py").write_text(SMALL.replace("(a, b) = widths", "a, b = widths[0], widths[1] + 1"))
+    with pytest.raises(ConfigError, match=r"Small Net states the dense widths \(12, 20\).*'conv2': 21"):
+        prunable_convs("small")
+
+
+def test_two_files_cannot_name_the_same_network(small):
+    (small / "small.py").write_text(SMALL.replace('"small"', '"vgg16"'))
+    with pytest.raises(ConfigError, match="small.py|vgg.py"):
+        all_networks()
