@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from apbm_core.study.data.datasets import DataSplit
 from apbm_core.study.data.images import Images
 from apbm_core.study.methods.task import Task
+from apbm_core.study.options import stated
 from apbm_core.study.records import ResultsFolder, RunConfig
 from apbm_core.study.training.recipes import get_recipe
 
@@ -38,5 +39,6 @@ def fake_task(
         schedule=schedule,
         recipe=get_recipe("fast", batch_size=images // 2, precision="float32", lr=0.05),
         seed=0,
+        options=stated(options),
     )
     return Task(config, split, ResultsFolder(folder), options, torch.device("cpu"))

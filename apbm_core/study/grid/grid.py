@@ -224,17 +224,20 @@ def _with_time_of(reference: RunRecord, record: RunRecord) -> RunConfig | None:
 def _spread(configs: list[RunConfig]) -> list[RunConfig]:
     """An order in which two workers rarely wait for each other.
 
-    The first run of each shared pre-training does it; the others that need it come last.
+    The first run of each shared training, of the dense network or of a method's own, does it; the others that need it
+    come last.
     """
     seen: set[tuple] = set()
     first, others, waiting = [], [], []
     for config in configs:
-        if get_method(config.method).starts_from != "pretrained":
+        starts_from = get_method(config.method).starts_from
+        shared = (config.model, config.seed, config.method if starts_from == "sparse" else starts_from)
+        if starts_from == "scratch":
             others.append(config)
-        elif (config.model, config.seed) in seen:
+        elif shared in seen:
             waiting.append(config)
         else:
-            seen.add((config.model, config.seed))
+            seen.add(shared)
             first.append(config)
     return [*first, *others, *waiting]
 

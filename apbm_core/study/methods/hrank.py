@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from apbm_core.errors import ConfigError
 from apbm_core.study.methods import l1
 from apbm_core.study.methods.ranking import cut_by
-from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.feature_maps import visit_feature_maps
 from apbm_core.study.networks.layers import named_convolutions
+from apbm_core.study.options import added
 
 LABEL = "HRank"
 SUMMARY = "channels whose feature maps have the lowest rank go"
@@ -45,6 +46,11 @@ class Options(BaseModel):
     order: Literal["all-at-once", "layer-by-layer"] = Field(
         "all-at-once", description="cut every layer, then fine-tune (HRankPlus), or cut and fine-tune in turn (HRank)"
     )
+    course: Course = added(
+        "restart",
+        if_absent="restart",
+        description="whether fine-tuning starts the learning rate's course anew or goes on with the pre-training's",
+    )
 
 
 def prune(task: Task) -> nn.Module:
@@ -53,7 +59,8 @@ def prune(task: Task) -> nn.Module:
     Layer by layer, each layer is scored on the network as the cuts before it left it. Where there are fewer fine-tuning
     epochs than layers, consecutive layers share one.
     """
-    model = task.pretrained()
+    before, (begin, end) = task.courses(task.options.course, task.pretrain_epochs)
+    model = task.pretrained(before)
     recipe = FINETUNE if task.config.schedule == "published" else None
     layers, epochs = list(task.widths), task.finetune_epochs
     rounds = min(len(layers), max(1, epochs)) if task.options.order == "layer-by-layer" else 1
@@ -62,7 +69,11 @@ def prune(task: Task) -> nn.Module:
         suffix = f"-{i + 1}" if rounds > 1 else ""
         model = cut_by(scores, task, model, group, IMAGES, f"score{suffix}")
         share = epochs * (i + 1) // rounds - epochs * i // rounds
-        task.train(f"finetune{suffix}", model, share, recipe_overrides=recipe)
+        done = epochs * i // rounds
+        course = (0.0, 1.0)
+        if begin > 0:  # one course for all rounds, each of which would otherwise go through the whole of it
+            course = tuple(begin + (end - begin) * part / epochs for part in (done, done + share))
+        task.train(f"finetune{suffix}", model, share, recipe_overrides=recipe, course=course)
     return model
 
 

@@ -28,8 +28,9 @@ from apbm_core.study.methods.target import (
     followers,
     parameter_target,
 )
-from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.models import prunable_convs
+from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
 from apbm_core.surgery import slim
 
@@ -74,6 +75,11 @@ class Options(BaseModel):
     minimum: int = Field(2, ge=1, description="filters that a layer keeps, whatever their scales")
     trials: int = Field(6, ge=1, description="search: settings of lambda to try, two more of t after them")
     trial_epochs: int = Field(1, ge=1, description="search: length of each trial training")
+    course: Course = added(
+        "restart",
+        if_absent="restart",
+        description="whether fine-tuning starts the learning rate's course anew or goes on with the sparse training's",
+    )
 
 
 def regulariser(scales: Sequence[Tensor], t: float) -> Tensor:
@@ -205,7 +211,11 @@ def split_epochs(epochs: int, schedule: str) -> tuple[int, int]:
 
 
 def prune(task: Task) -> nn.Module:
-    """Sparse training, the cut, fine-tuning; returns the slim network."""
+    """Sparse training, the cut, fine-tuning; returns the slim network.
+
+    The sparse training does not know the target, so it is done once for all targets; but not where lambda and t are
+    searched for a target.
+    """
     options, target = task.options, parameter_target(task.config)
     strength, t, tuning_rate = _published_settings(task.model_name, options)
     is_published = task.config.schedule == "published"
@@ -214,10 +224,15 @@ def prune(task: Task) -> nn.Module:
     if target is not None and options.reach == "search":
         strength, t = _search(task, target, sparse_recipe)
 
+    before, after = task.courses(options.course, sparse_epochs)
     model = start_scales(task.build())
     convs = prunable_convs(task.model_name)
-    hook = Polarizer(sparse_norms(model, convs), strength, t)
-    task.train("sparse", model, sparse_epochs, hooks=[hook], recipe_overrides=sparse_recipe)
+    hooks = [Polarizer(sparse_norms(model, convs), strength, t)]
+    if any(phase.epochs for phase in task.phases):  # lambda was searched for: this training is the target's own
+        task.train("sparse", model, sparse_epochs, hooks, sparse_recipe, before)
+    else:
+        settings = {"strength": strength, "t": t}
+        task.train_shared("sparse", model, sparse_epochs, hooks, sparse_recipe, before, settings)
 
     def choose() -> dict[str, Any]:
         scales = _prunable_scales(model, convs)
@@ -235,7 +250,7 @@ def prune(task: Task) -> nn.Module:
     small = remove_filters(model, task.example_inputs, choice["keep"])
     if tuning_epochs:
         tuning_recipe = _SPARSE_RECIPE | {"lr": tuning_rate, "warmup": 0.0} if is_published else None
-        task.train("finetune", small, tuning_epochs, recipe_overrides=tuning_recipe)
+        task.train("finetune", small, tuning_epochs, recipe_overrides=tuning_recipe, course=after)
     return small
 
 

@@ -30,7 +30,7 @@ from apbm_core.study.methods.target import (
     followers,
     parameter_target,
 )
-from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.models import prunable_convs
 from apbm_core.study.networks.stripes import (
     FilterSkeleton,
@@ -41,6 +41,7 @@ from apbm_core.study.networks.stripes import (
     unpack_mask,
     without_skeletons,
 )
+from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
 
 LABEL = "SWP"
@@ -84,6 +85,11 @@ class Options(BaseModel):
     )
     trials: int = Field(6, ge=1, description="search for alpha: settings to try")
     trial_epochs: int = Field(1, ge=1, description="search for alpha: length of each trial training")
+    course: Course = added(
+        "restart",
+        if_absent="restart",
+        description="whether the learning rate starts its course anew after the cut or goes on with it",
+    )
 
 
 class FixedStripes(Hook):
@@ -191,7 +197,11 @@ def cut(model: nn.Module, example_inputs: Tensor, prunable: Sequence[str], masks
 
 
 def prune(task: Task) -> nn.Module:
-    """Train with shrinking skeletons, cut to the target, train with the stripes fixed; returns the striped network."""
+    """Train with shrinking skeletons, cut to the target, train with the stripes fixed; returns the striped network.
+
+    The first training does not know the target, so it is done once for all targets; but not where alpha is searched for
+    a target.
+    """
     options, target, epochs = task.options, parameter_target(task.config), task.config.epochs
     is_published = task.config.schedule == "published"
     prunable = prunable_convs(task.model_name)
@@ -203,9 +213,14 @@ def prune(task: Task) -> nn.Module:
 
     cut_at = (options.cut_at or (1.0 if is_published else _CUT_AT)) if is_cut else 1.0
     shrinking_epochs = min(max(1, round(cut_at * epochs)), epochs)
+    before, after = task.courses(options.course, shrinking_epochs)
     model = add_skeletons(task.build())
-    hook = ShrinkSkeletons(prunable, alpha, options.delta)
-    task.train("sparse", model, shrinking_epochs, hooks=[hook], recipe_overrides=recipe)
+    hooks = [ShrinkSkeletons(prunable, alpha, options.delta)]
+    if any(phase.epochs for phase in task.phases):  # alpha was searched for: this training is the target's own
+        task.train("sparse", model, shrinking_epochs, hooks, recipe, before)
+    else:
+        settings = {"alpha": alpha, "delta": options.delta}
+        task.train_shared("sparse", model, shrinking_epochs, hooks, recipe, before, settings)
 
     def choose() -> dict[str, Any]:
         facts = {"alpha": alpha, "delta": options.delta, "skeleton_std": _skeleton_std(model)}
@@ -225,7 +240,7 @@ def prune(task: Task) -> nn.Module:
     shapes = {name: layer.mask.shape for name, _, layer in skeleton_layers(model)}
     masks = {name: unpack_mask(digits, shapes[name]) for name, digits in choice["masks"].items()}
     cut(model, task.example_inputs, prunable, masks)
-    task.train("finetune", model, epochs - shrinking_epochs, hooks=[FixedStripes(prunable)], recipe_overrides=recipe)
+    task.train("finetune", model, epochs - shrinking_epochs, [FixedStripes(prunable)], recipe, after)
     return to_stripes(without_skeletons(model), task.example_inputs, masks)
 
 

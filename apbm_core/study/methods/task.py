@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -27,6 +27,9 @@ from apbm_core.study.training.hooks import Context, Hook
 from apbm_core.study.training.loop import TrainingResult, train
 from apbm_core.study.training.recipes import Recipe
 from apbm_core.study.validation import validated
+
+Course = Literal["restart", "continue"]
+"""What the learning rate does in a run of two trainings: each goes through the whole course, or both through one."""
 
 Progress = Callable[[str, Context], None]
 
@@ -93,6 +96,12 @@ class Task:
     def finetune_epochs(self) -> int:
         return self.config.epochs - self.pretrain_epochs
 
+    def courses(self, course: Course, first: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The parts of the learning rate's course that the first so many epochs and the others go through."""
+        if course == "restart" or not 0 < first < self.config.epochs:
+            return (0.0, 1.0), (0.0, 1.0)
+        return (0.0, first / self.config.epochs), (first / self.config.epochs, 1.0)
+
     def build(self, widths: Mapping[str, int] | None = None) -> nn.Module:
         """A fresh network, dense or with these widths, initialised from the run's seed."""
         torch.manual_seed(self.config.seed)
@@ -106,21 +115,83 @@ class Task:
         mean, std = (torch.tensor(v, device=self.device) for v in (self.split.mean, self.split.std))
         return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
-    def pretrained(self) -> nn.Module:
+    def pretrained(self, course: tuple[float, float] = (0.0, 1.0)) -> nn.Module:
         """The dense network after :attr:`pretrain_epochs`, trained once for all runs that share it.
 
-        Its whole time is charged to every run that uses it.
+        Its whole time is charged to every run that uses it. ``course`` as in :meth:`train`.
+
+        Raises:
+            ConfigError: another training came before.
         """
-        config, epochs = self.config, self.pretrain_epochs
-        what = config.model_dump(
-            mode="json", include={"model", "dataset", "recipe", "seed", "split", "train_subset"}
-        ) | {"epochs": epochs}
-        name = f"pretrain-{config.model}-s{config.seed}-{sha256(canonical_json(what).encode())[:10]}"
-        with self._results.exclusively(name):
-            model = self.build()
-            result = self._run(name, model, epochs, config.recipe, self._results.work_folder(name), name, ())
-        self._record("pretrain", result, epochs, shared=True)
+        what, model = {"epochs": self.pretrain_epochs}, self.build()
+        self._train_shared("pretrain", model, self.pretrain_epochs, self.config.recipe, (), course, what)
         return model
+
+    def train_shared(
+        self,
+        phase: str,
+        model: nn.Module,
+        epochs: int,
+        hooks: Sequence[Hook] = (),
+        recipe_overrides: Mapping[str, Any] | None = None,
+        course: tuple[float, float] = (0.0, 1.0),
+        settings: Mapping[str, Any] | None = None,
+    ) -> TrainingResult:
+        """:meth:`train` for a phase that does not depend on the target: trained once for all targets of a study.
+
+        The first phase of a run, so that it sees the same batches whichever run carries it out. Its whole time is
+        charged to every run that uses it.
+
+        Args:
+            settings: all that the hooks and the network's start depend on; runs share the phase that agree on them, on
+                the method, and on what every training depends on.
+
+        Raises:
+            ConfigError: another training came before.
+        """
+        recipe = self._recipe(phase, recipe_overrides)
+        what = {"epochs": epochs, "method": self.config.method, "phase": phase, "settings": dict(settings or {})}
+        return self._train_shared(phase, model, epochs, recipe, hooks, course, what)
+
+    def _train_shared(
+        self,
+        phase: str,
+        model: nn.Module,
+        epochs: int,
+        recipe: Recipe,
+        hooks: Sequence[Hook],
+        course: tuple[float, float],
+        what: Mapping[str, Any],
+    ) -> TrainingResult:
+        if any(record.epochs for record in self.phases):
+            raise ConfigError(
+                f"method {self.config.method!r} shares its phase {phase!r} between runs, so it has to come first: no "
+                "training may be before it, for the shared one would not know of that."
+            )
+        config = self.config
+        shared = config.model_dump(mode="json", include={"model", "dataset", "seed", "split", "train_subset"})
+        shared |= {"recipe": recipe.model_dump(mode="json")} | dict(what)
+        if course != (0.0, 1.0):
+            shared["course"] = list(course)
+        kind = phase if phase == "pretrain" else f"{phase}-{Path(config.method).stem}"
+        name = f"{kind}-{config.model}-s{config.seed}-{sha256(canonical_json(shared).encode())[:10]}"
+        result = self._once_for_all(name, phase, model, epochs, recipe, hooks, course)
+        self._record(phase, result, epochs, shared=True)
+        return result
+
+    def _once_for_all(
+        self,
+        name: str,
+        phase: str,
+        model: nn.Module,
+        epochs: int,
+        recipe: Recipe,
+        hooks: Sequence[Hook],
+        course: tuple[float, float],
+    ) -> TrainingResult:
+        """Train ``model``, or take over what another run has trained under this name."""
+        with self._results.exclusively(name):
+            return self._run(name, model, epochs, recipe, self._results.work_folder(name), name, hooks, course)
 
     def train(
         self,
@@ -141,11 +212,14 @@ class Task:
         """
         if epochs == 0:
             return None
-        values = self.config.recipe.model_dump() | dict(recipe_overrides or {})
-        recipe = validated(Recipe, values, f"the recipe of phase {phase!r}")
+        recipe = self._recipe(phase, recipe_overrides)
         result = self._run(phase, model, epochs, recipe, self._folder, f"{self.config.id}/{phase}", hooks, course)
         self._record(phase, result, epochs)
         return result
+
+    def _recipe(self, phase: str, overrides: Mapping[str, Any] | None) -> Recipe:
+        values = self.config.recipe.model_dump() | dict(overrides or {})
+        return validated(Recipe, values, f"the recipe of phase {phase!r}")
 
     def remember(self, name: str, function: Callable[[], Any]) -> Any:
         """The JSON value of ``function()``, computed once a run; its time is a phase of its own.

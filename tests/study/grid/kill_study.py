@@ -34,6 +34,7 @@ from apbm_core.study.grid.run import execute
 from apbm_core.study.records import RunRecord, read_record
 
 REPOSITORY = Path(__file__).parents[3]
+SHARED = ("pretrain-", "sparse-")  # what several runs use stays in the work folder
 METHODS = ("dense", "apbm", "dcff", "scratch", "l1", "fpgm")
 GRID = {
     "dataset": "digits", "models": ["resnet20"], "targets": {"resnet20": [0.5]}, "epochs": 2, "train_subset": 128,
@@ -250,7 +251,7 @@ def check_results(folder: Path, reference: Sequence[RunRecord]) -> None:
         assert sha256(network.read_bytes()) == record.network_sha256, network
     assert len(list(folder.glob("networks/*"))) == len(records)
     stray = [path for path in folder.parent.rglob("*") if path.suffix == ".tmp" or path.name == ".executing"]
-    stray += [path for path in folder.glob("work/*") if path.suffix != ".lock" and "pretrain-" not in path.name]
+    stray += [path for path in folder.glob("work/*") if path.suffix != ".lock" and not path.name.startswith(SHARED)]
     assert not stray, f"left behind: {stray}"
 
 
