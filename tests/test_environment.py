@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from ruamel.yaml import YAML
 
 from apbm_core.study.pages.runner import parse
 
@@ -92,7 +92,7 @@ def test_what_torch_needs_on_linux_alone_is_not_locked_elsewhere():
 
 
 def test_conda_environment_has_the_direct_dependencies_at_the_locked_versions():
-    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    entries = YAML(typ="safe").load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = [entry["pip"] for entry in entries if isinstance(entry, dict)]
     packages = {name: pin(requirement) for name, requirement in by_name(p for p in pip if p[0] != "-").items()}
     assert packages == {name: pin(LOCK[name]) for name in DIRECT}

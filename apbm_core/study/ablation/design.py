@@ -1,33 +1,27 @@
 """The ablation: APBM with one ingredient changed at a time, judged on held-out training images.
 
-``python -m apbm_core.study.ablation`` runs what is not recorded yet, seed by seed, so that every variant has as many as
-the others whenever it is stopped; 05_ablation draws what is recorded. The test images are never seen here: variants are
+Data: the beds, the variants, the pairs of them that differ by one ingredient; and the runs that follow from them.
+``make reproduce PROFILE=ablation`` carries out what is not recorded yet, seed by seed, so that every variant has as
+many as the others whenever it is stopped, and renders 05_ablation. The test images are never seen here: variants are
 compared on training images that their run did not train on, with seeds that the study itself does not use.
 
 Two networks that disagree about one image in five differ by 0.6 points for chance alone when 5,000 images judge them.
 So the beds train on part of the images, and all the others judge.
 """
 
-import argparse
-import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from apbm_core.errors import ApbmError, ConfigError
+from apbm_core.errors import ConfigError
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
-from apbm_core.study.records import PUBLISHED, ResultsFolder, RunConfig, RunRecord
-from apbm_core.study.report.frames import timed_alike
-from apbm_core.study.report.statistics import Comparison, Noise, judge, pooled_noise
+from apbm_core.study.records import ResultsFolder, RunConfig, RunRecord
 from apbm_core.study.validation import closest
 
 FOLDER = "ablation"
-"""Beside the profiles' folders: ``results/ablation``."""
+"""The name of its profile, and so of its folder: ``results/ablation``."""
 
 SEEDS = (10, 11, 12)
 
@@ -198,6 +192,13 @@ _ALL = (
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
+PLAN: dict[str, tuple[str, ...]] = {
+    "resnet20": tuple(VARIANTS),
+    "vgg16": ("scratch", "scratch-lr-2", "base", "slice", "bank-lr-2", "scratch-balanced", "base-balanced"),
+    "resnet20-45000": (),
+}
+"""The variants that are run in each bed, with every seed; in the bed that was given up none any more."""
+
 
 INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("starting as a slice of the dense network", "slice", "scratch"),
@@ -261,11 +262,23 @@ def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[
     return found
 
 
-def run(folder: str | Path, bed: str, names: Sequence[str], seeds: Sequence[int]) -> list[RunRecord]:
-    """Carry out what is not recorded in ``folder`` and return the records; see :func:`configs`."""
-    wanted = configs(bed, names, seeds)
-    parameters = StudyParameters.parse(BEDS[bed] | {"split": "tuning"})
-    return Study(parameters, folder).run(list(wanted.values()))
+def planned(beds: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[tuple[str, int], RunConfig]]:
+    """For each of these beds the runs that the ablation consists of; see :data:`PLAN`.
+
+    Raises:
+        ConfigError: an unknown bed.
+    """
+    return {bed: configs(bed, _known(bed, PLAN, "bed"), seeds) for bed in beds}
+
+
+def run(study: Study, wanted: Mapping[tuple[str, int], RunConfig]) -> list[RunConfig]:
+    """Carry out, in ``study``'s folder, what is not recorded there yet; return what has no record afterwards, which is
+    everything that was missing if only records are to be read."""
+    missing = [config for config in wanted.values() if study.results.read(config) is None]
+    if missing and not study.records_only:
+        study.run(missing)
+        return []
+    return missing
 
 
 def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
@@ -279,118 +292,7 @@ def recorded(folder: str | Path, bed: str) -> dict[tuple[str, int], RunRecord]:
     return {key: records[config.id] for key, config in configs(bed, VARIANTS, seeds).items() if config.id in records}
 
 
-def noise(records: Mapping[tuple[str, int], RunRecord]) -> Noise:
-    """How much one run's held-out accuracy spreads on this bed, in points, over all variants that were repeated."""
-    rows = [
-        {"variant": name, "seed": seed, "accuracy": 100 * record.val_accuracy, "network": record.network_sha256 or key}
-        for key, record in records.items()
-        for name, seed in [key]
-    ]
-    return pooled_noise(
-        pd.DataFrame(rows, columns=["variant", "seed", "accuracy", "network"]), "variant", network="network"
-    )
-
-
-def compared(records: Mapping[tuple[str, int], RunRecord], ours: str, theirs: str) -> Comparison:
-    """Held-out accuracy of one variant minus another's, in points, paired by seed."""
-    seeds = sorted(seed for name, seed in records if name == ours and (theirs, seed) in records)
-    pairs = [(records[ours, seed], records[theirs, seed]) for seed in seeds]
-    same = [a.network_sha256 is not None and a.network_sha256 == b.network_sha256 for a, b in pairs]
-    return Comparison(tuple(100 * (a.val_accuracy - b.val_accuracy) for a, b in pairs), sum(same))
-
-
-def table(records: Mapping[tuple[str, int], RunRecord], reference: str = "scratch") -> pd.DataFrame:
-    """One row a variant: mean held-out accuracy, and its difference to the reference, paired by seed.
-
-    Accuracies in percent, differences in points, intervals of 95 % from the bed's pooled noise, verdicts after Holm's
-    correction over the rows: see :mod:`apbm_core.study.report.statistics`. Seconds are of the runs that were timed
-    under the conditions that most were, NaN for a variant without any.
-    """
-    spread, rows = noise(records), []
-    comparable = {record.id for record in timed_alike(list(records.values()))}
-    shown = [variant for variant in _ALL if any(name == variant.name for name, _ in records)]
-    against = [variant.name for variant in shown if variant.name != reference]
-    judged = judge([compared(records, name, reference) for name in against], spread).set_index(pd.Index(against))
-    for variant in shown:
-        mine = {seed: record for (name, seed), record in records.items() if name == variant.name}
-        seconds = [record.seconds for record in mine.values() if record.id in comparable]
-        is_reference = variant.name == reference
-        found = {"difference": 0.0, "interval": 0.0, "pairs": len(mine), "p": math.nan, "p (Holm)": math.nan}
-        found = found | {"verdict": "the reference"} if is_reference else judged.loc[variant.name].to_dict()
-        rows.append(
-            {
-                "variant": variant.name,
-                "ingredient": variant.group,
-                "what": variant.label,
-                "accuracy": sum(100 * record.val_accuracy for record in mine.values()) / len(mine),
-                "interval": spread.half_width_of_mean(len(mine)),
-                "n": len(mine),
-                "difference": found["difference"],
-                "interval of difference": found["interval"],
-                "pairs": found["pairs"],
-                "p": found["p"],
-                "p (Holm)": found["p (Holm)"],
-                "verdict": found["verdict"],
-                "parameters removed": 100 * next(iter(mine.values())).parameters_removed,
-                "MACs removed": sum(100 * record.macs_removed for record in mine.values()) / len(mine),
-                "training seconds": sum(seconds) / len(seconds) if seconds else math.nan,
-                "fastest seconds": min(seconds, default=math.nan),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def ingredients(records: Mapping[tuple[str, int], RunRecord]) -> pd.DataFrame:
-    """What each ingredient is worth: accuracy with it minus without it, in points, paired by seed.
-
-    Pairs of which nothing is recorded are left out. Intervals and verdicts as in :func:`table`, corrected over these
-    comparisons; each names its baseline, the variant without the ingredient.
-    """
-    found = [(what, on, off, compared(records, on, off)) for what, on, off in INGREDIENTS]
-    found = [row for row in found if row[3].n]
-    judged = judge([comparison for *_, comparison in found], noise(records))
-    names = pd.DataFrame(
-        [(what, on, off, list(comparison.each)) for what, on, off, comparison in found],
-        columns=["ingredient", "with", "without", "each"],
-    )
-    both = pd.concat([names, judged.rename(columns={"interval": "interval of difference"})], axis=1)
-    return both[
-        [
-            "ingredient",
-            "with",
-            "without",
-            "difference",
-            "interval of difference",
-            "pairs",
-            "each",
-            "p",
-            "p (Holm)",
-            "verdict",
-        ]
-    ]
-
-
 def _known(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name not in known:
         raise ConfigError(f"there is no {what} {name!r}{closest(name, known)} Allowed: {', '.join(known)}.")
     return known[name]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m apbm_core.study.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("--bed", default="resnet20", help=f"where to compare: {', '.join(BEDS)}")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="all by default")
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
-    parser.add_argument("--folder", default=f"{PUBLISHED}/{FOLDER}", help="where the records are")
-    given = parser.parse_args(arguments)
-    try:
-        run(given.folder, given.bed, given.variants, given.seeds)
-        print(table(recorded(given.folder, given.bed)).round(2).to_string(index=False))
-    except ApbmError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,7 @@ def differences(table: pd.DataFrame, records: Records, reference: str = "scratch
     """One line a variant: its difference to the reference, paired by seed, with interval; small dots are the seeds.
 
     Args:
-        table: of :func:`apbm_core.study.ablation.design.table`, for the same reference.
+        table: of :func:`apbm_core.study.ablation.tables.variants`, for the same reference.
         records: what it was made of.
     """
     rows = table[(table["variant"] != reference) & (table["pairs"] > 0)].iloc[::-1].reset_index(drop=True)
@@ -67,7 +67,7 @@ def on_and_off(table: pd.DataFrame) -> Figure:
     """One line an ingredient: accuracy with it minus without it, with interval; small dots are the seeds.
 
     Args:
-        table: of :func:`apbm_core.study.ablation.design.ingredients`.
+        table: of :func:`apbm_core.study.ablation.tables.ingredients`.
     """
     rows = table.iloc[::-1].reset_index(drop=True)
     figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.3 * len(rows)))

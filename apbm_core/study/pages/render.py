@@ -47,9 +47,9 @@ a.anchor-link {{ display: none; }}
 def clean(executed: nbformat.NotebookNode, source: nbformat.NotebookNode, root: Path) -> nbformat.NotebookNode:
     """A copy of the executed notebook without traces of the machine and the moment it ran on.
 
-    Time stamps and papermill's bookkeeping go, the injected parameters stay. In text outputs the absolute path of
-    ``root`` becomes ".", the home folder "~", a memory address "0x...". Progress bars go: widgets are dead without
-    their kernel, and both kinds show times.
+    Time stamps and papermill's bookkeeping go, and so does the cell of parameters that others were injected for. In
+    text outputs the absolute path of ``root`` becomes ".", the home folder "~", a memory address "0x...". Progress bars
+    go: widgets are dead without their kernel, and both kinds show times.
 
     Args:
         executed: as papermill left it.
@@ -61,6 +61,9 @@ def clean(executed: nbformat.NotebookNode, source: nbformat.NotebookNode, root: 
     result.metadata = copy.deepcopy(source.metadata)
     result.metadata["papermill"] = {"parameters": parameters}
     known_ids = {cell.get("id") for cell in source.cells}
+    if any("injected-parameters" in cell.metadata.get("tags", []) for cell in result.cells):
+        # what the source assigns was not what the page was made with
+        result.cells = [cell for cell in result.cells if "parameters" not in cell.metadata.get("tags", [])]
     for position, cell in enumerate(result.cells):
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)

@@ -35,17 +35,10 @@ from apbm_core import errors
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import grid as study_module
+from apbm_core.study.grid import parameters
+from apbm_core.study.grid.profiles import load_profile, profile_names
 from apbm_core.study.pages import render
-from apbm_core.study.pages.profiles import (
-    Source,
-    Study,
-    check_sources,
-    displayed,
-    load_profile,
-    prepare,
-    profile_names,
-    study_notebooks,
-)
+from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
 from apbm_core.study.report.frames import beside_published
 
@@ -142,7 +135,7 @@ def _run(study: Study, source: Source, warned: set[str]) -> float:
         papermill.execute_notebook(
             _literal(source.path),
             _literal(aside),
-            parameters=study.parameters_for(source),
+            parameters=study.parameters(),
             kernel_name=_kernel(),
             language="python",
             cwd=study.root,
@@ -244,10 +237,9 @@ def _list(root: Path) -> None:
     for name in profile_names(root):
         print(f"  {name:<10} {load_profile(root, name).description}".rstrip())
     print("\nParameters (-p name=value), with their defaults:")
-    fields = study_module.StudyParameters.model_fields
-    for name, value in {n: v for source in study_notebooks(root) for n, v in source.defaults.items()}.items():
-        if name in fields:
-            print(f"  {name} = {value!r}\n      {fields[name].description or ''}".rstrip())
+    for name, field in parameters.StudyParameters.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        print(f"  {name} = {default!r}\n      {field.description or ''}".rstrip())
 
 
 def _check(root: Path) -> int:

@@ -2,13 +2,18 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 from scipy import stats
 
 from apbm_core.errors import ConfigError
-from apbm_core.study.ablation import design, figures
+from apbm_core.study.ablation import __main__ as command
+from apbm_core.study.ablation import design, figures, tables
+from apbm_core.study.grid.grid import Study
+from apbm_core.study.grid.parameters import StudyParameters
+from apbm_core.study.grid.profiles import lay_over, load_profile
 from apbm_core.study.methods.apbm import Options
 from apbm_core.study.records import PUBLISHED, PhaseRecord, RunRecord
 
@@ -66,13 +71,13 @@ def test_the_table_pairs_seeds_with_the_reference():
         ("base", 12): 0.9,
     }
     records = {key: record("resnet20", *key, value) for key, value in accuracies.items()}
-    table = design.table(records).set_index("variant")
+    table = tables.variants(records).set_index("variant")
     assert list(table.index) == ["scratch", "base"]
     assert table.loc["base", "n"] == 3 and table.loc["base", "pairs"] == 2
     assert table.loc["base", "difference"] == pytest.approx((1 - 2) / 2)
     assert table.loc["scratch", "difference"] == 0 and table.loc["base", "parameters removed"] == 75
     assert table.loc["base", "verdict"] == "too few pairs (2 of 3)"
-    alone = design.table({("base", 10): records["base", 10]}).set_index("variant")
+    alone = tables.variants({("base", 10): records["base", 10]}).set_index("variant")
     assert math.isnan(alone.loc["base", "difference"]) and alone.loc["base", "pairs"] == 0
 
 
@@ -88,7 +93,7 @@ def test_seconds_of_another_machine_are_not_averaged_in():
     records = {
         (name, seed): record("resnet20", name, seed, 0.7, seconds, **other) for name, seed, seconds, other in runs
     }
-    table = design.table(records).set_index("variant")
+    table = tables.variants(records).set_index("variant")
     assert tuple(table.loc["base", ["training seconds", "fastest seconds", "n"]]) == (70, 60, 4)
     assert table.loc["slice", ["training seconds", "fastest seconds"]].isna().all()
     figure = figures.accuracy_against_cost(table.reset_index())
@@ -100,7 +105,7 @@ def test_names_of_points_that_lie_close_do_not_cover_each_other():
     names = ["base", "scratch", "slice", "no-fusion", "l1", "dcff"]
     rows = {(name, 10): record("resnet20", name, 10, 0.7 + i / 1e3, 60 + i) for i, name in enumerate(names)}
     rows["bank-lr-4", 10] = record("resnet20", "bank-lr-4", 10, 0.72, 90)
-    figure = figures.accuracy_against_cost(design.table(rows))
+    figure = figures.accuracy_against_cost(tables.variants(rows))
     figure.draw_without_rendering()
     boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
     plt.close(figure)
@@ -112,7 +117,7 @@ def test_names_of_points_that_lie_close_do_not_cover_each_other():
 def test_an_unknown_variant_or_bed_is_named(capsys):
     with pytest.raises(ConfigError, match="no variant 'bas'; did you mean 'base'"):
         design.configs("resnet20", ["bas"], [10])
-    assert design.main(["--bed", "resnet2"]) == 1
+    assert command.main(["--bed", "resnet2"]) == 1
     assert "no bed 'resnet2'" in capsys.readouterr().err
 
 
@@ -122,7 +127,7 @@ def test_ingredients_are_pairs_of_variants_and_differ_in_what_they_name():
         assert with_it.id != without.id
     accuracies = {("base", 10): 0.71, ("base", 11): 0.72, ("base", 12): 0.73, ("base", 13): 0.9}
     accuracies |= {("no-fusion", 10): 0.70, ("no-fusion", 11): 0.70, ("no-fusion", 12): 0.70, ("slice", 10): 0.6}
-    table = design.ingredients({key: record("resnet20", *key, value) for key, value in accuracies.items()})
+    table = tables.ingredients({key: record("resnet20", *key, value) for key, value in accuracies.items()})
     table = table.set_index(["with", "without"])
     fusion = table.loc["base", "no-fusion"]
     assert fusion["each"] == pytest.approx([1, 2, 3]) and fusion["pairs"] == 3
@@ -137,9 +142,9 @@ def test_the_published_ablation_reads_as_it_was_recomputed():
     """Independently recomputed from the records: the noise, and which ingredients stand the correction."""
     records = design.recorded(f"{PUBLISHED}/{design.FOLDER}", "resnet20")
     records = {key: record for key, record in records.items() if "rate-" not in key[0]}  # later ones, a bed of rates
-    spread = design.noise(records)
+    spread = tables.noise(records)
     assert spread.sd == pytest.approx(0.61, abs=0.01) and spread.df == pytest.approx(70, abs=2)
-    table = design.ingredients(records).set_index(["with", "without"])
+    table = tables.ingredients(records).set_index(["with", "without"])
     assert table.loc[("base", "scratch"), "p"] == pytest.approx(0.004, abs=0.0005)
     shown = table[table["verdict"].isin(["above", "below"])]["difference"].round(2).to_dict()
     assert shown == {
@@ -150,3 +155,34 @@ def test_the_published_ablation_reads_as_it_was_recomputed():
     }
     assert table.loc[("score-entropy", "base"), "verdict"] == "one network in 2 of 3 pairs"
     assert math.isnan(table.loc[("score-entropy", "base"), "interval of difference"])
+
+
+def test_the_profile_trains_what_the_design_plans():
+    """The networks that 06 writes to files are variants of the smaller bed, so that nothing is trained twice."""
+    root = Path(__file__).parents[3]
+    parameters = lay_over(load_profile(root, design.FOLDER), {}).parameters
+    assert tuple(parameters.seeds) == design.SEEDS
+    wanted = {config.id for config in parameters.run_configs("cifar10")}
+    assert wanted <= {config.id for config in design.planned(["resnet20"], design.SEEDS)["resnet20"].values()}
+
+
+def test_planned_runs_are_carried_out_unless_records_are_only_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(design.PLAN, "resnet20", ("base", "slice"))
+    plan = design.planned(["resnet20"], [10])["resnet20"]
+    asked = []
+    monkeypatch.setattr(Study, "run", lambda self, configs: asked.extend(configs))
+    parameters = StudyParameters.parse({})
+    assert design.run(Study(parameters, tmp_path, records_only=True), plan) == list(plan.values()) and not asked
+    study = Study(parameters, tmp_path, records_only=False)
+    study.results.write(record("resnet20", "base", 10, 0.5))
+    assert design.run(study, plan) == [] and asked == [plan["slice", 10]]
+    with pytest.raises(ConfigError, match="no bed 'resnet2'"):
+        design.planned(["resnet2"], [10])
+
+
+def test_the_published_records_are_found_by_the_plan():
+    root = Path(__file__).parents[3] / "results" / design.FOLDER
+    plan = design.planned(design.PLAN, design.SEEDS)
+    recorded = {bed: set(design.recorded(root, bed)) for bed in design.BEDS}
+    assert len(recorded["resnet20"] & set(plan["resnet20"])) >= 112
+    assert len(recorded["vgg16"] & set(plan["vgg16"])) >= 17

@@ -21,7 +21,7 @@ from apbm_core.study.methods import default_methods, get_method, label
 from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.storage import load_compact
-from apbm_core.study.report import curves, page
+from apbm_core.study.report import curves, page, tables
 from apbm_core.study.report.frames import against_rivals, mean_and_interval, points, runs_frame
 from apbm_core.study.training.device import autocast
 
@@ -91,7 +91,7 @@ def test_a_table_of_no_runs_is_empty_but_has_its_columns(finished, tmp_path):
     study, records = finished
     full, none = points(runs_frame(records)), points(runs_frame([]))
     assert len(none) == 0 and list(none.columns) == list(full.columns)
-    shown = page.summary_table(Study(study.parameters, tmp_path), [], "none").data
+    shown = tables.styled(tables.summary([]), "none").data
     assert len(shown) == 0 and {"model", "accuracy", "n"} <= set(shown.columns)
 
 
@@ -119,7 +119,7 @@ def test_what_lacks_a_record_is_named_above_every_figure(finished, tmp_path, cap
         some.results.write(record)
     assert some.run() == records[:7]
     assert some.banner == "INCOMPLETE: 3 of 10 runs are not recorded yet."
-    page.describe(some)
+    page.Page("02_some", some).describe()
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.split(": ")[1].split(", ") == [record.id for record in records[7:]]
     assert study.banner == Study(study.parameters, study.results.path, records_only=True).banner == ""
@@ -302,7 +302,7 @@ def test_equal_time_gives_the_slim_methods_as_many_epochs_as_l1s_time_holds(fini
     assert epochs == {"apbm": 4, "dcff": 1, "scratch": 10}
 
 
-def test_where_l1s_time_holds_no_other_number_of_epochs_the_run_stands_for_both(finished, tmp_path, capsys):
+def test_where_l1s_time_holds_no_other_number_of_epochs_the_run_stands_for_both(finished, tmp_path):
     base, records = finished
     values = TINY | {"schedules": ["equal", "published", "equal-time"], "methods": ["apbm", "scratch", "l1", "hrank"]}
     study = Study.of(tmp_path, **values)
@@ -313,8 +313,8 @@ def test_where_l1s_time_holds_no_other_number_of_epochs_the_run_stands_for_both(
     assert [(c.method, c.epochs) for c in study.equal_time_configs()] == [("scratch", 7)]
     (stand_in,) = study.equal_time_stand_ins()
     assert study.results.read(stand_in).config.method == "apbm"
-    page.equal_time_note(study)
-    assert capsys.readouterr().out.startswith("ResNet20, 50 %, APBM, seed 0: L1's time holds 2 epochs")
+    (said,) = tables.equal_time(study)
+    assert said.startswith("ResNet20, 50 %, APBM, seed 0: L1's time holds 2 epochs")
 
 
 @pytest.mark.parametrize("changes", [{"schedules": ["equal-time"]}, {"methods": ["apbm", "scratch"]}])
@@ -359,8 +359,10 @@ def test_equal_time_runs_are_set_beside_those_whose_time_they_got(finished):
 
 def test_the_tables_of_04_have_the_time_of_every_phase(finished, tmp_path):
     study, records = finished
-    page.target_tables(Study(study.parameters, tmp_path), records, "targets")
-    table = pd.read_csv(tmp_path / "tables" / "targets_resnet20_50.csv").set_index("method")
+    ((name, (table, caption)),) = tables.targets(records).items()
+    assert caption == "ResNet20, 50 % of the params to remove"
+    page.Page("04_compare", Study(study.parameters, tmp_path)).table(table, name, caption)
+    table = pd.read_csv(tmp_path / "tables" / "04_targets_resnet20_50.csv").set_index("method")
     assert len(table) == len(default_methods())
     for record in records:
         row = table.loc[label(record.config.method)]
@@ -498,25 +500,24 @@ def test_own_widths_are_one_networks(tmp_path):
     ]  # fmt: skip
 
 
-def test_runs_timed_under_other_conditions_are_named(finished, capsys):
+def test_runs_timed_under_other_conditions_are_named(finished):
     def record(number, **facts):
         base = finished[1][number]
         known = {"device": "Some CPU", "precision": "float32", "threads": 1, "side_by_side": 2, "load": 2.9}
         known["cpu_bfloat16"] = []  # on whatever processor the test runs
         return base.model_copy(update={"environment": base.environment | known | facts})
 
-    page.timing_conditions([record(0), record(1), record(2, load=None)])
-    assert capsys.readouterr().out == "3 of 3 runs on Some CPU, float32, 1 thread a run, 2 at a time.\n"
+    (said,) = tables.timing_conditions([record(0), record(1), record(2, load=None)])
+    assert said == "3 of 3 runs on Some CPU, float32, 1 thread a run, 2 at a time."
     alone, busy = record(3, side_by_side=1, threads=2), record(4, load=3.1)
-    page.timing_conditions([alone, record(0), record(1), busy])
-    first, second, third = capsys.readouterr().out.splitlines()
+    first, second, third = tables.timing_conditions([alone, record(0), record(1), busy])
     assert first == "3 of 4 runs on Some CPU, float32, 1 thread a run, 2 at a time."
     assert second.startswith(
         f"1 of 4 runs on Some CPU, float32, 2 threads a run, 1 at a time: {alone.id}; compare no seconds"
     )
     assert third.endswith(f"their seconds are too many: {busy.id} (load 3.1).")
-    page.timing_conditions([record(0), record(1), record(2, precision="bfloat16")])
-    assert capsys.readouterr().out.splitlines()[1].startswith("1 of 3 runs on Some CPU, bfloat16, 1 thread a run")
+    _, second = tables.timing_conditions([record(0), record(1), record(2, precision="bfloat16")])
+    assert second.startswith("1 of 3 runs on Some CPU, bfloat16, 1 thread a run")
 
 
 def test_a_title_breaks_between_words_but_not_before_a_percent_sign():
@@ -557,8 +558,9 @@ def test_a_notebook_finds_the_results_wherever_jupyter_starts_it(tmp_path, monke
     monkeypatch.chdir(tmp_path / place)
     assert page.from_root("results/own").resolve() == tmp_path / "results" / "own"
     assert page.from_root(tmp_path / "elsewhere") == tmp_path / "elsewhere"
-    study = page.open_study("lab", "results/own", dataset="digits", models=["resnet20"])
-    assert study.results.path.resolve() == tmp_path / "results" / "own" / "lab"
+    (tmp_path / "notebooks/profiles/tiny.yaml").write_text("dataset: digits")
+    opened = page.open_page("02_train", "tiny", "results/own")
+    assert opened.folder.resolve() == tmp_path / "results" / "own" / "tiny"
 
 
 @pytest.mark.parametrize(
@@ -566,9 +568,8 @@ def test_a_notebook_finds_the_results_wherever_jupyter_starts_it(tmp_path, monke
 )
 def test_a_page_of_examples_is_complete_without_records(tmp_path, monkeypatch, capsys, shows_runs, banner):
     monkeypatch.setenv("APBM_RECORDS_ONLY", "1")
-    study = page.open_study("lab", str(tmp_path), shows_runs=shows_runs, **TINY)
-    page.describe(study)
-    assert study.banner == banner
+    opened = page.open_page("01_method", "smoke", tmp_path, TINY, shows_runs=shows_runs)
+    assert opened.study.banner == banner
     assert ("not recorded yet" in capsys.readouterr().out) is shows_runs
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.parameters import StudyParameters
+from apbm_core.study.grid.profiles import parse_assignments
 from apbm_core.study.grid.run import execute
 from apbm_core.study.methods import all_methods, get_method
 from apbm_core.study.networks.models import all_networks
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.widths import SOLVERS
-from apbm_core.study.pages.profiles import parse_assignments
 from apbm_core.study.records import RunConfig
 from apbm_core.study.training.recipes import RECIPES, Recipe, get_recipe, learning_rate
 from apbm_core.study.validation import validated

@@ -11,7 +11,7 @@ from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.run import execute
 from apbm_core.study.methods import get_method, label, ordered
 from apbm_core.study.records import RunConfig, canonical_json
-from apbm_core.study.report import curves, page
+from apbm_core.study.report import curves, tables
 from apbm_core.study.report.frames import against_rivals, points, runs_frame
 
 EXAMPLE = str(Path(__file__).parents[3] / "examples" / "own_criterion.py")
@@ -59,8 +59,8 @@ def test_it_is_in_every_table(finished):
     assert table.set_index("method")["accuracy"].to_dict() == pytest.approx(accuracy)
     rivals = against_rivals(runs_frame(records)).set_index("rival")["difference"]
     assert rivals["weight spread"] == pytest.approx(accuracy["apbm"] - accuracy[EXAMPLE])
-    assert "weight spread" in page.summary_table(study, records, "a").to_html()
-    assert "weight spread" in page.phase_table(study, records, "b").to_html()
+    assert "weight spread" in tables.styled(tables.summary(records), "a").to_html()
+    assert "weight spread" in tables.styled(tables.phases(records), "b").to_html()
 
 
 @pytest.mark.parametrize("plot", ["accuracy_curves", "accuracy_against_time", "training_curves"])

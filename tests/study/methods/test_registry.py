@@ -13,7 +13,7 @@ from apbm_core.study import methods
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.methods import all_methods, default_methods, get_method, label, ordered
-from apbm_core.study.report import curves, page
+from apbm_core.study.report import curves, tables
 from apbm_core.study.report.frames import against_rivals, history_frame, phase_frame, points, runs_frame
 
 ELEVENTH = '''
@@ -86,8 +86,8 @@ def test_a_further_file_is_in_a_study_and_every_table_legend_and_curve(eleventh,
     assert points(frame)["method"].tolist() == ["dense", "apbm", "l1", "eleventh"]
     assert "largest weight" in against_rivals(frame)["rival"].tolist()
     assert "eleventh" in set(phase_frame(records)["method"]) & set(history_frame(records)["method"])
-    for table in (page.summary_table, page.phase_table, page.rivals_table):
-        assert "largest weight" in table(study, records, "a").to_html()
+    for table in (tables.summary, tables.phases, tables.rivals):
+        assert "largest weight" in tables.styled(table(records), "a").to_html()
     for plot in (curves.accuracy_curves, curves.accuracy_against_time, curves.training_curves):
         figure = plot(records)
         (legend,) = figure.legends

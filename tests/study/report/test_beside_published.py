@@ -1,5 +1,6 @@
 """A reproduction trains anew in results/own, whatever is published, and sets its runs beside the published ones."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from apbm_core.study.records import ResultsFolder, read_record
 from apbm_core.study.report import page
 from apbm_core.study.report.frames import beside_published
 
-TABLE_CELL = """
+STUDY_CELL = """
 from apbm_core.study.report import page
-study = Study.of(f"{results}/{profile}", **{name: globals()[name] for name in names})
-page.published_table(study, records, "beside_published")
+opened = page.open_page("01_grid", profile, results, changes)
+records = opened.run()
 """
+TABLE_CELL = "opened.beside_published(records)"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def root(tmp_path_factory):
     """A repository whose profile `tiny` has been run into results/, where its record is published."""
     root = kill_study.make_repository(tmp_path_factory.mktemp("repository") / "root")
     (root / "notebooks" / "02_table.ipynb").unlink()
-    kill_study.write_notebook(root, "01_grid", kill_study.ONE_THREAD, kill_study.STUDY_CELL, TABLE_CELL)
+    values = GRID | {"methods": ["apbm"], "workers": 1, "fallback": None}
+    (root / "notebooks" / "profiles" / "tiny.yaml").write_text(json.dumps(values))
+    kill_study.write_notebook(root, "01_grid", kill_study.ONE_THREAD, STUDY_CELL, TABLE_CELL)
     assert runner.main(["run", "--profile", "tiny", "--results", "results"], root) == 0
     return root
 
@@ -40,9 +44,7 @@ def said_by_the_table(page: Path) -> str:
 
 
 def test_published_records_are_set_beside_nothing(root):
-    assert (
-        said_by_the_table(root / "results/tiny/01_grid.ipynb").strip() == "These are the published records themselves."
-    )
+    assert "These are the published records themselves." in said_by_the_table(root / "results/tiny/01_grid.ipynb")
     assert not (root / "results/tiny/tables").exists()
 
 
@@ -83,7 +85,7 @@ def test_other_runs_have_nothing_to_be_set_beside(root, capsys, tmp_path):
     assert runner.main(arguments, root) == 0
     assert "beside" not in capsys.readouterr().out and not (tmp_path / "tiny/tables").exists()
     page = tmp_path / "tiny/01_grid.ipynb"
-    assert said_by_the_table(page).strip() == "results/tiny holds no record of the same run."
+    assert "results/tiny holds no record of the same run." in said_by_the_table(page)
 
 
 # ---- the table itself ----
@@ -119,8 +121,7 @@ def test_each_run_is_matched_by_its_id_and_differences_are_in_points(records, tm
 def test_without_published_records_the_table_is_empty_and_the_notebook_says_so(records, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert beside_published(records, tmp_path / "absent").empty and beside_published([], tmp_path).empty
-    study = Study.of(tmp_path / "own" / "tiny", **GRID)
-    assert page.published_table(study, records, "beside_published") is None
+    page.Page("04_compare", Study.of(tmp_path / "own" / "tiny", **GRID)).beside_published(records)
     assert capsys.readouterr().out == "results/tiny holds no record of the same run.\n"
 
 

@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 import pytest
 
 from apbm_core.study.grid.grid import Study
-from apbm_core.study.pages.profiles import load_profile
+from apbm_core.study.grid.profiles import load_profile
 from apbm_core.study.records import ResultsFolder
-from apbm_core.study.report import curves, page
+from apbm_core.study.report import curves, tables
 from apbm_core.study.report.claims import NOT_TESTED, claims_frame
 from apbm_core.study.report.frames import against_rivals, points, runs_frame, timed_alike
 
@@ -76,7 +76,7 @@ def test_a_claim_about_time_needs_a_pair_timed_alike(by_method):
 
 
 @pytest.mark.parametrize("other", ELSEWHERE, ids=lambda other: next(iter(other)))
-def test_no_equal_time_run_is_planned_from_seconds_of_another_machine(by_method, tmp_path, capsys, other):
+def test_no_equal_time_run_is_planned_from_seconds_of_another_machine(by_method, tmp_path, other):
     values = load_profile(PUBLISHED.path.parents[1], "quick").values
     values = values | {"fallback": None, "methods": ["apbm", "scratch", "l1"], "schedules": ["equal", "equal-time"]}
     study = Study.of(tmp_path, **values)
@@ -85,8 +85,7 @@ def test_no_equal_time_run_is_planned_from_seconds_of_another_machine(by_method,
     assert [(config.method, config.epochs) for config in study.equal_time_configs()] == [("apbm", 6)]
     (run, reference), *others = study.without_equal_time()
     assert (run.config.method, reference.config.method, others) == ("scratch", "l1", [])
-    page.equal_time_note(study)
-    said = capsys.readouterr().out
+    (said,) = tables.equal_time(study)
     assert said.startswith("ResNet20, 75 %, slim from scratch, seed 0: no equal-time run")
     assert run.timed_on in said and reference.timed_on in said
 
