@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import refuse_wrapped
 from apbm_core.fusion import FilterFusion, FusionReport, FusionSettings, fit_saved_shape, fused_layers
+from apbm_core.passing import InputPassing
 from apbm_core.surgery import check_names, slim_with_inputs, why_not_prunable
 
 
@@ -137,13 +138,20 @@ def compact(model: nn.Module) -> nn.Module:
     """
     refuse_wrapped(model)
     plain = copy.deepcopy(model)
-    layers = list(fused_layers(plain))
+    layers = [module for module in plain.modules() if _is_ours(module)]
     if not layers:
         raise ConfigError("the network has no fused layer, so there is nothing to compact; use it as it is.")
-    for _, conv, _ in layers:
+    for conv in layers:
         _own_class(conv)
         parametrize.remove_parametrizations(conv, "weight", leave_parametrized=True)
     return plain
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether the weight is parametrised, and by nothing but fusion and the passing on of inputs."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    return all(isinstance(step, FilterFusion | InputPassing) for step in module.parametrizations.weight)
 
 
 def parse_keep(value: int | float, n: int, name: str) -> int:
