@@ -1,6 +1,5 @@
 """The verbs, for any network: fuse before training, rescore and collapse during it, compact after it."""
 
-import copy
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 
@@ -9,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.forward import refuse_wrapped
+from apbm_core.forward import is_parametrized_by, plain_copy, refuse_wrapped
 from apbm_core.fusion import FilterFusion, FusionReport, FusionSettings, fit_saved_shape, fused_layers
 from apbm_core.passing import InputPassing
 from apbm_core.surgery import check_names, slim_with_inputs, why_not_prunable
+
+_OURS = (FilterFusion, InputPassing)
 
 
 def fuse(
@@ -65,7 +66,7 @@ def fuse(
     for name, share in wanted.items():
         weight = modules[name].weight
         kept = parse_keep(share, len(weight), name)
-        fusions[name] = FilterFusion(round(settings.bank * len(weight)), kept, settings).to(weight)
+        fusions[name] = settings.fusion(len(weight), kept).to(weight)
         fusions[name].choose(weight, progress=0.0)
     small, inputs = slim_with_inputs(
         model, example_inputs, {name: fusion.selected for name, fusion in fusions.items()}, reasons
@@ -109,15 +110,14 @@ def collapse(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
     The forward pass stays the same to rounding, and so does the optimizer's momentum, which is fused alike; banks and
     P cost nothing from then on. What differs is the course of the training: a bank spreads a gradient over all the
-    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone,
-    and so are those with gains, whose lengths are parameters of their own.
+    filters that are mixed, a weight keeps it. Call it after :func:`rescore`; layers that still change are left alone.
 
     Args:
         model: a network made by :func:`apbm_core.fuse`.
         optimizer: the one that holds the banks, if it has taken a step.
     """
     for _, conv, fusion in fused_layers(model):
-        if not fusion.is_frozen or fusion.is_collapsed or fusion.gain is not None:
+        if not fusion.can_collapse:
             continue
         bank = conv.parametrizations.weight.original
         state = optimizer.state.get(bank, {}) if optimizer else {}
@@ -137,21 +137,9 @@ def compact(model: nn.Module) -> nn.Module:
         UnsupportedNetwork: it is wrapped, for DDP or by torch.compile; unwrap it first.
     """
     refuse_wrapped(model)
-    plain = copy.deepcopy(model)
-    layers = [module for module in plain.modules() if _is_ours(module)]
-    if not layers:
+    if not any(is_parametrized_by(module, _OURS) for module in model.modules()):
         raise ConfigError("the network has no fused layer, so there is nothing to compact; use it as it is.")
-    for conv in layers:
-        _own_class(conv)
-        parametrize.remove_parametrizations(conv, "weight", leave_parametrized=True)
-    return plain
-
-
-def _is_ours(module: nn.Module) -> bool:
-    """Whether the weight is parametrised, and by nothing but fusion and the passing on of inputs."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return False
-    return all(isinstance(step, FilterFusion | InputPassing) for step in module.parametrizations.weight)
+    return plain_copy(model, _OURS)
 
 
 def parse_keep(value: int | float, n: int, name: str) -> int:
@@ -170,14 +158,3 @@ def parse_keep(value: int | float, n: int, name: str) -> int:
         f"keep for layer {name!r} is {value!r}; give a ratio above 0 and up to 1.0 (a float), "
         f"or a whole number of filters from 1 to {n} (an int)."
     )
-
-
-def _own_class(module: nn.Module) -> None:
-    """Give a copied module a class of its own.
-
-    PyTorch makes one class for each parametrised module, deepcopy shares it between the copies, and removing the
-    parametrisation from one of them deletes the ``weight`` property of all.
-    """
-    shared = type(module)
-    namespace = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, namespace)

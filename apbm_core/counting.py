@@ -1,15 +1,14 @@
 """Exact parameter and multiply-accumulate counts, the two sizes that every result is reported against."""
 
-import copy
 from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from apbm_core.errors import ConfigError
+from apbm_core.forward import plain_copy
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -38,23 +37,9 @@ def count_macs(model: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> in
     shape = tuple(input_shape)
     if not shape or not all(isinstance(side, Integral) and side >= 1 for side in shape):
         raise ConfigError(f"input_shape is {input_shape!r}; give channels, height and width, such as (3, 32, 32).")
-    replica = _plain_copy(model)
+    replica = plain_copy(getattr(model, "_orig_mod", model)).eval().to("meta")  # torch.compile keeps it in _orig_mod
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         replica(torch.empty(1, *shape, dtype=dtype, device="meta"))
     return counter.get_total_flops() // 2
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, in evaluation mode, its parametrised weights replaced by their values."""
-    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # torch.compile keeps the network in _orig_mod
-    for module in list(replica.modules()):
-        if parametrize.is_parametrized(module):
-            values = {name: getattr(module, name).detach() for name in module.parametrizations}
-            # remove_parametrizations would break the original: it edits the class, which deepcopy shares.
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, value in values.items():
-                module.register_buffer(name, value)
-    return replica.to("meta")

@@ -1,5 +1,6 @@
 """Whether a network can be worked on at all, and whether it still runs after surgery: asked by calling it."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def is_parametrized_by(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
+    """Whether parameters of this very module are parametrised, and by nothing but ``kinds``."""
+    if not parametrize.is_parametrized(module):
+        return False
+    return all(isinstance(step, kinds) for tensor in module.parametrizations.values() for step in tensor)
+
+
+def plain_copy(model: nn.Module, kinds: type | tuple[type, ...] = nn.Module) -> nn.Module:
+    """A copy of ``model`` whose layers parametrised by ``kinds`` alone have ordinary weights of the same values.
+
+    Parameters that were trained still are; the original stays as it is. (``remove_parametrizations`` would break it: it
+    edits a class of the layer's own that deepcopy shares.)
+    """
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if not is_parametrized_by(module, kinds):
+            continue
+        values = {}
+        for name, tensor in module.parametrizations.items():
+            trained = any(original.requires_grad for original in tensor.parameters(recurse=False))
+            values[name] = nn.Parameter(getattr(module, name).detach().clone(), requires_grad=trained)
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, value)
+    return plain
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -135,14 +164,10 @@ def _evaluated(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]
 def _trained(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]]:
     """The shapes returned in training mode; norm statistics and random state stay as they are."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with evaluation_mode(model):  # and back into each module's own mode
         model.train()
         with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return _shapes(torch.func.functional_call(model, buffers, example_inputs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _shapes(outputs: Any) -> list[tuple[int, ...]]:

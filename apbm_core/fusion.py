@@ -15,8 +15,7 @@ is ``P W``. Deployment writes the value into the convolution and forgets the ban
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import astuple, dataclass, field
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,38 +30,23 @@ _ONE_HOT = 1e-6  # a row with less than this outside the kept filter is that fil
 
 
 class FusionSettings(BaseModel):
-    """How the filters of a layer are scored and fused; every field is one line of the ablation."""
+    """How the filters of a layer are scored and fused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schedule: Schedule = Field(default_factory=AnnealedTau, discriminator="kind")
-    metric: Literal["euclidean", "cosine"] = Field("euclidean", description="distance between two filters")
-    score: Literal["relative-entropy", "entropy", "l1", "order"] = Field(
-        "relative-entropy",
-        description="which filters are important; 'entropy' and 'l1' are ablations, 'order' keeps the first m",
-    )
-    mass: Literal["all", "unimportant", "assigned"] = Field(
-        "all",
-        description="what a kept filter mixes in: every filter; only the unimportant ones, its row renormalised;"
-        " or the unimportant ones, each of which divides its own mass among the kept ones it resembles",
-    )
     rescale: bool = Field(True, description="give the fused filters the mean norm of the kept ones")
-    stable_slots: bool = Field(True, description="a filter that stays kept keeps its output channel")
-    fuse: bool = Field(True, description="False: select the important filters without mixing anything in")
-    reselect: bool = Field(True, description="False: the filters kept at the first scoring stay kept")
-    bank: float = Field(1.0, ge=1, le=8, description="filters in the bank, in multiples of the layer's own; rest fresh")
-    initial: Literal["model", "orthogonal"] = Field(
-        "model", description="the bank starts as the model's own filters, or orthogonal ones of the same lengths"
-    )
-    gain: bool = Field(False, description="use the bank's filters at unit length, each times a gain that is learned")
-    learn_mixing: bool = Field(False, description="P only starts at the similarities and is then trained as a weight")
+
+    def fusion(self, n: int, m: int) -> "FilterFusion":
+        """What fuses a layer of ``n`` filters into ``m``; a subclass may bring its own."""
+        return FilterFusion(n, m, self)
 
 
 class FilterFusion(nn.Module):
     """The parametrization ``bank (n, c_in, k, k) -> P @ bank (m, c_in, k, k)`` of one convolution's weight.
 
-    In the state dict: ``matrix``, P of shape (m, n), a buffer unless it is learned; ``selected``, the m kept filters in
-    slot order; and ``gain`` of shape (n,), if there is one.
+    In the state dict: ``matrix``, P of shape (m, n), or (m, 0) once the bank is dropped (:meth:`shrink`); ``selected``,
+    the m kept filters in slot order; and ``status``, what the last scoring found, as integers.
 
     Args:
         n: number of filters in the bank.
@@ -70,24 +54,29 @@ class FilterFusion(nn.Module):
         settings: how to score and fuse.
     """
 
-    no_weight_decay = ("matrix", "gain")
+    no_weight_decay: tuple[str, ...] = ()
 
     def __init__(self, n: int, m: int, settings: FusionSettings):
         super().__init__()
         if not 1 <= m <= n:
             raise ConfigError(f"a bank of {n} filters cannot be fused into {m}; keep between 1 and {n}.")
         self.settings = settings
-        self.is_selection = not settings.learn_mixing  # P is the identity's rows: index_select does what P would
+        self.is_selection = True  # P is the identity's rows: index_select does what P would
         self.is_frozen = False
-        self.is_collapsed = False  # the fused filters are the weight itself; the bank is gone
         self.last: LayerFusion | None = None
         self.register_buffer("selected", torch.arange(m))
-        matrix = torch.eye(n)[:m].contiguous()
-        if settings.learn_mixing:
-            self.matrix = nn.Parameter(matrix)
-        else:
-            self.register_buffer("matrix", matrix)
-        self.gain = nn.Parameter(torch.ones(n)) if settings.gain else None
+        self.register_buffer("matrix", torch.eye(n)[:m].contiguous())
+        self.register_buffer("status", torch.zeros(3 + len(LayerFusion.__annotations__), dtype=torch.int64))
+
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether the fused filters are the weight itself, and the bank is gone."""
+        return self.matrix.shape[1] == 0
+
+    @property
+    def can_collapse(self) -> bool:
+        """Whether P is fixed for good, so that the bank may go."""
+        return self.is_frozen and not self.is_collapsed
 
     def forward(self, bank: Tensor) -> Tensor:
         if self.is_collapsed:
@@ -98,28 +87,6 @@ class FilterFusion(nn.Module):
         if bank.is_contiguous(memory_format=torch.channels_last):  # index_select alone would lose the layout
             return bank.permute(0, 2, 3, 1).index_select(0, self.selected).permute(0, 3, 1, 2)
         return bank.index_select(0, self.selected)
-
-    def filters(self, bank: Tensor) -> Tensor:
-        """The bank's filters as they are mixed and scored: the bank itself, or at unit length times the gains."""
-        if self.gain is None:
-            return bank
-        return bank * (self.gain / bank.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, 1, 1, 1)
-
-    @torch.no_grad()
-    def initial_bank(self, weight: Tensor) -> Tensor:
-        """The bank to start from: a layer's filters (n, c_in, k, k), made orthogonal and more of them as is set."""
-        bank = weight.clone()
-        n, lengths = len(self.matrix[0]), weight.flatten(1).norm(dim=1)
-        if n > len(bank):
-            fresh = torch.randn(n - len(bank), *bank.shape[1:], dtype=bank.dtype).to(bank.device) * bank.std()
-            bank = torch.cat([bank, fresh])
-            lengths = torch.cat([lengths, fresh.flatten(1).norm(dim=1)])
-        if self.settings.initial == "orthogonal":
-            flat = nn.init.orthogonal_(torch.empty(n, bank[0].numel())).to(bank)
-            bank = (flat / flat.norm(dim=1, keepdim=True) * lengths[:, None]).view_as(bank)
-        if self.gain is not None:
-            self.gain.copy_(lengths)
-        return bank.contiguous(memory_format=torch.preserve_format)
 
     @torch.no_grad()
     def choose(self, bank: Tensor, progress: float) -> Tensor:
@@ -135,15 +102,12 @@ class FilterFusion(nn.Module):
         """
         if self.is_frozen:
             return self.last
-        settings, before, bank = self.settings, self.selected.clone(), self.filters(bank)
+        before, bank = self.selected.clone(), self.filters(bank)
         log_p, temperature = self.log_similarity(bank, progress)
-        is_learning = settings.learn_mixing and self.last is not None  # P is a weight by now: look, do not touch
-        if reselect and settings.reselect and not is_learning:
-            selected = self._most_important(log_p, bank)
-            self.selected.copy_(stable_slots(before, selected) if settings.stable_slots else selected)
-        if not is_learning:
-            self._set_matrix(_fusion_matrix(log_p, self.selected, settings), bank)
-        self.is_frozen = settings.schedule.is_frozen(progress) and not settings.learn_mixing
+        if reselect:
+            self.selected.copy_(self.slots(before, self._most_important(log_p, bank)))
+        self.set_matrix(self.mixture(log_p), bank)
+        self.is_frozen = self.freezes_at(progress)
         shares = self.matrix.detach().abs()
         own_share = shares.gather(1, self.selected[:, None])[:, 0] / shares.sum(1)
         self.last = LayerFusion(
@@ -153,43 +117,89 @@ class FilterFusion(nn.Module):
             own_share=own_share.mean().item(),
             churn=1 - torch.isin(self.selected, before).double().mean().item(),
         )
+        self._keep_status()
         return self.last
 
-    def _set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
-        own_share = matrix.gather(1, self.selected[:, None])
-        self.is_selection = own_share.min().item() > 1 - _ONE_HOT and not self.settings.learn_mixing
-        if self.settings.rescale and not self.is_selection:
-            matrix *= _mean_norm(bank[self.selected]) / _mean_norm(mix(matrix.to(bank), bank)).clamp_min(1e-12)
-        self.matrix.copy_(matrix)
-
     def log_similarity(self, bank: Tensor, progress: float) -> tuple[Tensor, float]:
-        """The bank's log-similarities, shape (n, n), at ``progress`` in [0, 1], and the temperature they are for."""
+        """``L = log p`` of the bank's filters, shape (n, n), at ``progress``, and the temperature T it is for."""
         schedule = self.settings.schedule
         temperature = schedule.temperature(progress, len(bank))
-        distance = similarity.pairwise_distances(bank, self.settings.metric)
+        distance = self.distances(bank)
         if schedule.scale_free:
             distance = similarity.scale_free(distance)
         return similarity.log_similarity(distance, temperature), temperature
 
+    # The steps of a scoring, each of which a variant may do otherwise.
+
+    def filters(self, bank: Tensor) -> Tensor:
+        """The bank's filters as they are mixed and scored: the bank itself."""
+        return bank
+
+    def distances(self, bank: Tensor) -> Tensor:
+        """How far the bank's filters are apart: ``D_ij = ||w_i - w_j||``, shape (n, n)."""
+        return similarity.pairwise_distances(bank)
+
+    def importance(self, log_p: Tensor, bank: Tensor) -> Tensor:
+        """Which filters to keep, the larger the better: ``S_i = sum_k KL(p_i || p_k)``, shape (n,)."""
+        return similarity.relative_entropy(log_p)
+
+    def slots(self, before: Tensor, selected: Tensor) -> Tensor:
+        """Which kept filter goes into which output channel; both of shape (m,), ``selected`` ascending."""
+        return stable_slots(before, selected)
+
+    def mixture(self, log_p: Tensor) -> Tensor:
+        """``P_kj = p_{s_k j}``, shape (m, n), rows summing to 1: row k says what the filter in slot k is made of."""
+        matrix = log_p[self.selected].exp()
+        return matrix / matrix.sum(1, keepdim=True)
+
+    def set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
+        """Take ``matrix`` (m, n) for P, scaled so that fused filters are as long as the kept ones are on average."""
+        self.is_selection = self.is_one_hot(matrix)
+        if self.settings.rescale and not self.is_selection:
+            matrix *= _mean_norm(bank[self.selected]) / _mean_norm(mix(matrix.to(bank), bank)).clamp_min(1e-12)
+        self.matrix.copy_(matrix)
+
+    def is_one_hot(self, matrix: Tensor) -> bool:
+        """Whether each row of ``matrix`` (m, n) is its kept filter alone, to float32's accuracy."""
+        return matrix.gather(1, self.selected[:, None]).min().item() > 1 - _ONE_HOT
+
+    def freezes_at(self, progress: float) -> bool:
+        """Whether P stays as it is from ``progress`` on."""
+        return self.settings.schedule.is_frozen(progress)
+
     def _most_important(self, log_p: Tensor, bank: Tensor) -> Tensor:
-        return _importance(self.settings.score, log_p, bank).topk(len(self.selected)).indices.sort().values
+        return self.importance(log_p, bank).topk(len(self.selected)).indices.sort().values
+
+    # Where it stands, in the state dict: integers, which nothing averages, rounds or casts.
+
+    def initial_bank(self, weight: Tensor) -> Tensor:
+        """The bank to start from: the layer's own filters, shape (n, c_in, k, k)."""
+        return weight.clone().contiguous(memory_format=torch.preserve_format)
 
     def shrink(self) -> None:
-        """Become the identity of the m fused filters."""
+        """From here on the m fused filters are the weight, and there is no P."""
         m = len(self.selected)
         self.selected = torch.arange(m, device=self.selected.device)
-        self.matrix = torch.eye(m, dtype=self.matrix.dtype, device=self.matrix.device)
-        self.is_selection = self.is_collapsed = True
+        self.matrix = self.matrix.new_empty(m, 0)
+        self.is_selection = True
+        self._keep_status()
 
-    def get_extra_state(self) -> dict:
-        last = asdict(self.last) if self.last else None
-        flags = {"is_selection": self.is_selection, "is_frozen": self.is_frozen, "is_collapsed": self.is_collapsed}
-        return flags | {"last": last}
+    def _keep_status(self) -> None:
+        numbers = torch.tensor(astuple(self.last) if self.last else (0.0,) * 5, dtype=torch.float64)
+        flags = torch.tensor([self.is_selection, self.is_frozen, self.last is not None])
+        self.status.copy_(torch.cat([flags.long(), numbers.view(torch.int64)]))
 
-    def set_extra_state(self, state: dict) -> None:
-        self.is_selection, self.is_frozen = state["is_selection"], state["is_frozen"]
-        self.is_collapsed = state.get("is_collapsed", False)  # earlier versions had no such state
-        self.last = LayerFusion(**state["last"]) if state["last"] else None
+    def _load_from_state_dict(self, state: dict, prefix: str, *arguments) -> None:
+        old = state.pop(f"{prefix}_extra_state", None)  # earlier versions kept a dict beside the tensors
+        if old is not None and f"{prefix}status" not in state:
+            self.is_selection, self.is_frozen = old["is_selection"], old["is_frozen"]
+            self.last = LayerFusion(**old["last"]) if old["last"] else None
+            self._keep_status()
+            state[f"{prefix}status"] = self.status.clone()
+        super()._load_from_state_dict(state, prefix, *arguments)
+        if f"{prefix}status" in state:
+            self.is_selection, self.is_frozen, has_last = self.status[:3].cpu().bool().tolist()
+            self.last = LayerFusion(*self.status[3:].cpu().view(torch.float64).tolist()) if has_last else None
 
 
 @dataclass(frozen=True)
@@ -230,11 +240,19 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FilterFusio
 
 
 def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix: str, *_) -> None:
-    """Before a state dict is loaded: collapse a layer that was saved after its collapse."""
-    saved, fusion = state.get(f"{prefix}original"), weight[0]
-    if saved is not None and not fusion.is_collapsed and len(saved) == len(fusion.selected) < len(weight.original):
-        weight.original.data = weight.original.data[: len(saved)].clone()
+    """Before a state dict is loaded: give bank and P the shapes they were saved with, before or after a collapse."""
+    saved, matrix, fusion = state.get(f"{prefix}original"), state.get(f"{prefix}0.matrix"), weight[0]
+    if saved is None or matrix is None or saved.shape[1:] != weight.original.shape[1:]:
+        return  # torch's own message says it best
+    was_collapsed = state.get(f"{prefix}0._extra_state", {}).get("is_collapsed", matrix.shape[1] == 0)
+    if was_collapsed and not fusion.is_collapsed:
         fusion.shrink()
+    elif fusion.is_collapsed and not was_collapsed:
+        fusion.matrix = fusion.matrix.new_empty(matrix.shape)
+    if was_collapsed:  # earlier versions stated the identity
+        state[f"{prefix}0.matrix"] = matrix[:, :0]
+    if len(saved) != len(weight.original) and len(saved) == (matrix.shape[1] or len(matrix)):
+        weight.original.data = weight.original.data.new_empty(saved.shape)
 
 
 def stable_slots(before: Tensor, selected: Tensor) -> Tensor:
@@ -265,35 +283,6 @@ def mix(matrix: Tensor, bank: Tensor) -> Tensor:
         else:
             mixed = (matrix.to(dtype) @ bank.flatten(1).to(dtype)).view(-1, *bank.shape[1:])
     return mixed.to(bank.dtype)
-
-
-def _importance(score: str, log_p: Tensor, bank: Tensor) -> Tensor:
-    if score == "relative-entropy":
-        return similarity.relative_entropy(log_p)
-    if score == "entropy":
-        return -similarity.entropy(log_p)  # a sharp distribution: no other filter stands in for this one
-    if score == "l1":
-        return bank.abs().flatten(1).sum(1)
-    return -torch.arange(len(bank), device=bank.device, dtype=torch.float64)
-
-
-def _fusion_matrix(log_p: Tensor, selected: Tensor, settings: FusionSettings) -> Tensor:
-    """P of shape (m, n), rows summing to 1: row k says what the filter in slot k is made of."""
-    n = log_p.shape[0]
-    identity = torch.eye(n, dtype=log_p.dtype, device=log_p.device)[selected]
-    if not settings.fuse:
-        return identity
-    unimportant = torch.ones(n, dtype=torch.bool, device=log_p.device)
-    unimportant[selected] = False
-    if settings.mass == "assigned":
-        shares = torch.softmax(log_p[unimportant][:, selected], dim=1)  # each row: one filter divided among the kept
-        matrix = identity.clone()
-        matrix[:, unimportant] = shares.T
-    elif settings.mass == "unimportant":
-        matrix = log_p[selected].exp() * (unimportant | identity.bool())
-    else:
-        matrix = log_p[selected].exp()
-    return matrix / matrix.sum(1, keepdim=True)
 
 
 def _mean_norm(filters: Tensor) -> Tensor:

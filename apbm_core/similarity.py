@@ -23,34 +23,26 @@ from torch import Tensor
 
 from apbm_core.errors import ConfigError
 
-METRICS = ("euclidean", "cosine")
-
 # Below this ratio of squared distance to squared norm, the difference of two nearly equal Gram entries has lost too
 # many digits; such layers are measured by explicit differences instead.
 _CANCELLATION = 1e-5
 
 
-def pairwise_distances(weight: Tensor, metric: str = "euclidean") -> Tensor:
+def pairwise_distances(weight: Tensor) -> Tensor:
     """The distance of every filter of a layer to every other, ``D`` of shape (n, n).
 
     Measured in float64 where the device has it, by one matrix product: time O(n^2 d), memory O(n^2 + n d).
 
     Args:
         weight: the layer's filters, shape (n, ...), flattened to (n, d).
-        metric: ``"euclidean"``, or ``"cosine"``: the Euclidean distance of the filters scaled to unit length, which is
-            sqrt(2 - 2 cos). A filter of zeros keeps its zeros.
 
     Raises:
-        ConfigError: an unknown metric, or a weight that is not finite.
+        ConfigError: the weight is not finite.
     """
-    if metric not in METRICS:
-        raise ConfigError(f"distance metric {metric!r} is unknown; use one of {', '.join(METRICS)}.")
     w = weight.detach().flatten(1)
     w = w.float() if w.device.type == "mps" else w.double()
     if not torch.isfinite(w).all():
         raise ConfigError("the filters hold NaN or infinite values, so no distance exists; stop at the first bad loss.")
-    if metric == "cosine":
-        w = torch.nn.functional.normalize(w, dim=1)
     w = w - w.mean(0)  # distances do not change; what the filters share no longer cancels in the Gram matrix
     squared_norm = w.square().sum(1)
     scale = squared_norm[:, None] + squared_norm[None, :]

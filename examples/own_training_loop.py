@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
     net = apbm_core.compact(slim)  # 3 of 3
 
     print(f"{count_parameters(model):,} -> {count_parameters(net):,} parameters, accuracy {accuracy(net, test):.1%}")
-    return net  # apbm_core.study.report.deployment writes it to a file
+    return net  # apbm_core.export writes it to a file
 
 
 def folder(path: Path, size: int) -> tuple[Dataset, int]:

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from torchvision.models.vision_transformer import VisionTransformer
 
 import apbm_core
+from apbm_core import export
 from apbm_core.errors import ApbmError, UnsupportedNetwork
-from apbm_core.fusion import FusionSettings, fused_layers
+from apbm_core.fusion import fused_layers
 from apbm_core.study.methods import all_methods, fpgm, hrank, l1, random
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.layers import keep_largest
-from apbm_core.study.report import deployment
 from apbm_core.surgery import why_not_prunable
 
 # Name -> how many of its convolutions have filters that can go: counted by hand from the architecture.
@@ -85,10 +86,10 @@ def test_fused_it_takes_a_training_step_and_its_compact_network_has_the_same_log
 
 # The fusion's own scores, and the functions of the methods that rank filters
 CRITERIA = {
-    "relative entropy": FusionSettings(fuse=False),
-    "relative entropy of cosine distances": FusionSettings(fuse=False, metric="cosine"),
-    "entropy": FusionSettings(fuse=False, score="entropy"),
-    "order": FusionSettings(fuse=False, score="order"),
+    "relative entropy": VariantSettings(fuse=False),
+    "relative entropy of cosine distances": VariantSettings(fuse=False, metric="cosine"),
+    "entropy": VariantSettings(fuse=False, score="entropy"),
+    "order": VariantSettings(fuse=False, score="order"),
     "L1": l1,
     "FPGM": fpgm,
     "HRank": hrank,
@@ -101,8 +102,8 @@ def test_no_ranking_method_and_no_score_of_the_fusion_is_left_out():
         name for name in all_methods() if hasattr(importlib.import_module(f"apbm_core.study.methods.{name}"), "scores")
     }
     assert ranking == {name.lower() for name in CRITERIA} & set(all_methods())
-    tested = {(c.metric, c.score) for c in CRITERIA.values() if isinstance(c, FusionSettings)}
-    scores = set(get_args(FusionSettings.model_fields["score"].annotation)) - {"l1"}  # the method L1's
+    tested = {(c.metric, c.score) for c in CRITERIA.values() if isinstance(c, VariantSettings)}
+    scores = set(get_args(VariantSettings.model_fields["score"].annotation)) - {"l1"}  # the method L1's
     assert tested == {("euclidean", score) for score in scores} | {("cosine", "relative-entropy")}
 
 
@@ -111,7 +112,7 @@ def test_no_ranking_method_and_no_score_of_the_fusion_is_left_out():
 def test_every_criterion_cuts_it(name, criterion):
     """The cut network is the dense one with the channels of the filters that went silenced, found without tracing."""
     model, layers, criterion = network(name), prunable(name), CRITERIA[criterion]
-    if isinstance(criterion, FusionSettings):
+    if isinstance(criterion, VariantSettings):
         fused = apbm_core.fuse(model, IMAGES[:1], keep=0.5, settings=criterion)
         keep = {layer: fusion.selected.tolist() for layer, _, fusion in fused_layers(fused)}
         small = apbm_core.compact(fused)
@@ -127,10 +128,10 @@ def test_every_criterion_cuts_it(name, criterion):
     "name", [pytest.param(name, marks=() if name == "resnet18" else pytest.mark.slow) for name in NETWORKS]
 )
 def test_compact_it_round_trips_through_onnx(name, tmp_path):
-    if reason := deployment.why_no_onnx():
+    if reason := export.why_no_onnx():
         pytest.skip(reason)
     net = apbm_core.compact(apbm_core.fuse(network(name), IMAGES[:1], keep=0.5))
-    call = deployment.open_file(deployment.write_onnx(tmp_path / "net.onnx", net, IMAGES[:1]))
+    call = export.open_file(export.write_onnx(tmp_path / "net.onnx", net, IMAGES[:1]))
     for count in (1, 4):
         with torch.no_grad():
             assert_same_logits(net(IMAGES[:count]), call(IMAGES[:count]), 1e-4)

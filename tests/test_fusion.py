@@ -55,37 +55,10 @@ def test_the_gradient_is_p_transposed_times_the_fused_gradient():
     torch.testing.assert_close(leaf.grad.flatten(1), fusion.matrix.T @ upstream.flatten(1))
 
 
-@pytest.mark.parametrize("mass", ["all", "unimportant", "assigned"])
-def test_rows_are_convex_mixtures_and_keep_to_their_mass_rule(mass):
-    fusion, _ = scored(mass=mass, rescale=False)
-    matrix, selected = fusion.matrix, fusion.selected
-    torch.testing.assert_close(matrix.sum(1), torch.ones(3, dtype=torch.float64))
-    assert (matrix >= 0).all()
-    others = matrix[:, selected] - torch.diag(matrix[:, selected].diagonal())
-    assert (others > 0).any() == (mass == "all")
-
-
-def test_assigned_mass_divides_each_unimportant_filter_among_the_kept_ones():
-    fusion, w = scored(mass="assigned", rescale=False)
-    log_p = log_similarity(scale_free(pairwise_distances(w)), math.log(8))
-    kept = fusion.selected.tolist()
-    by_loop = torch.zeros(3, 8, dtype=torch.float64)
-    for j in range(8):
-        weights = [math.exp(log_p[j, k]) for k in kept]
-        for slot, k in enumerate(kept):
-            by_loop[slot, j] = float(j == k) if j in kept else weights[slot] / sum(weights)
-    torch.testing.assert_close(fusion.matrix, by_loop / by_loop.sum(1, keepdim=True))
-
-
 def test_rescaling_restores_the_mean_norm():
     fusion, w = scored(rescale=True)
     norm = w[fusion.selected].flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(fusion(w).flatten(1).norm(dim=1).mean(), norm)
-
-
-def test_without_fusion_the_important_filters_are_selected_as_they_are():
-    fusion, w = scored(fuse=False)
-    assert fusion.is_selection and torch.equal(fusion(w), w[fusion.selected])
 
 
 def test_a_sharp_schedule_becomes_an_exact_selection():
@@ -129,45 +102,11 @@ def test_churn_is_the_share_of_newcomers():
     assert leaver not in fusion.selected.tolist()
 
 
-def test_a_fixed_selection_stays_when_reselecting_is_off():
-    fusion, w = scored(reselect=False)
-    before = fusion.selected.clone()
-    fusion.rescore(bank(seed=7), 0.3)
-    assert torch.equal(fusion.selected, before)
-
-
-@pytest.mark.parametrize(
-    ("score", "key"),
-    [
-        ("l1", lambda w: w.abs().flatten(1).sum(1)),
-        ("order", lambda w: -torch.arange(len(w))),
-    ],
-)
-def test_other_scores(score, key):
-    fusion, w = scored(score=score)
-    assert fusion.selected.tolist() == sorted(key(w).argsort(descending=True)[:3].tolist())
-
-
-def test_entropy_score_keeps_the_filter_unlike_the_others():
-    w = bank(n=6)
-    w[:5] = w[0] + 0.01 * w[:5]
-    fusion, _ = scored(m=1, score="entropy", w=w)
-    assert fusion.selected.tolist() == [5]
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_mixing_does_not_depend_on_the_memory_layout(layout):
     fusion, w = scored()
     expected = torch.einsum("mn,nchw->mchw", fusion.matrix, w)
     torch.testing.assert_close(mix(fusion.matrix, w.to(memory_format=layout)), expected)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_selection_keeps_the_memory_layout(layout):
-    fusion, w = scored(fuse=False)
-    selected = fusion(w.contiguous(memory_format=layout))
-    assert fusion.is_selection and torch.equal(selected, w[fusion.selected])
-    assert selected.is_contiguous(memory_format=layout)
 
 
 def test_mixing_is_in_float32_under_autocast():
@@ -223,7 +162,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="must not fall"):
         AnnealedTau(start=2, end=1)
     with pytest.raises(ValueError):
-        FusionSettings(score="rank")
+        FusionSettings(rescale="often")
     with pytest.raises(ValueError):
         FusionSettings(temperture=1)
     with pytest.raises(ConfigError, match="between 1 and 4"):
@@ -241,53 +180,6 @@ def test_rescore_says_what_is_wrong():
         fused[0].parametrizations.weight.original[0] = float("nan")
     with pytest.raises(ConfigError, match="NaN"):
         apbm_core.rescore(fused, 0.5)
-
-
-def test_gains_are_the_lengths_of_the_banks_filters():
-    w = bank(dtype=torch.float32)
-    fusion = FilterFusion(8, 3, FusionSettings(gain=True, rescale=False))
-    fusion.choose(w, 0.0)
-    start = fusion.initial_bank(w)
-    fusion.rescore(start, 0.0, reselect=False)
-    plain = FilterFusion(8, 3, FusionSettings(rescale=False))
-    plain.choose(w, 0.0)
-    plain.rescore(w, 0.0, reselect=False)
-    torch.testing.assert_close(fusion(start), plain(w))  # at first it computes what it would without gains
-    torch.testing.assert_close(fusion(5 * start), plain(w))  # the bank's own lengths do not matter
-    with torch.no_grad():
-        fusion.gain *= 2
-    torch.testing.assert_close(fusion(start), 2 * plain(w))
-    fusion(start).sum().backward()
-    assert (fusion.gain.grad != 0).all()
-
-
-def test_learned_mixing_starts_at_p_gets_gradients_and_is_left_alone_by_scoring():
-    w = bank(dtype=torch.float32)
-    fusion = FilterFusion(8, 3, FusionSettings(learn_mixing=True))
-    fusion.choose(w, 0.0)
-    fusion.rescore(w, 0.0, reselect=False)
-    fixed, _ = scored(w=w)
-    torch.testing.assert_close(fusion.matrix.detach(), fixed.matrix)
-    fusion(w).square().sum().backward()
-    assert fusion.matrix.grad.abs().min() > 0
-    with torch.no_grad():
-        fusion.matrix += 0.1
-    before = fusion.matrix.detach().clone()
-    report = fusion.rescore(bank(seed=1, dtype=torch.float32), 1.0)
-    assert torch.equal(fusion.matrix, before) and not fusion.is_frozen and report.churn == 0
-
-
-def test_a_bank_may_be_larger_than_its_layer_and_start_orthogonal():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    settings = FusionSettings(bank=2.0, initial="orthogonal")
-    torch.manual_seed(0)
-    fused = apbm_core.fuse(model, torch.zeros(1, 3, 9, 9), 0.5, settings)
-    start = fused[0].parametrizations.weight.original.detach()
-    assert start.shape == (16, 3, 3, 3) and fused[0].weight.shape == (4, 3, 3, 3)
-    unit = start.flatten(1) / start.flatten(1).norm(dim=1, keepdim=True)
-    off_diagonal = unit @ unit.T - torch.eye(16)
-    assert off_diagonal.abs().max() < 1e-5
-    torch.testing.assert_close(start[:8].flatten(1).norm(dim=1), model[0].weight.detach().flatten(1).norm(dim=1))
 
 
 def train_some_steps(model, optimizer, steps, seed):

@@ -94,6 +94,7 @@ class RunRecord(BaseModel):
     network: str | None = Field(None, description="file name of the stored network, under networks/")
     network_sha256: str | None = None
     data_source: str = ""
+    num_classes: int | None = Field(None, description="not stated by the first records, of CIFAR and the digits")
 
     @property
     def parameters_removed(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apbm_core.counting import count_macs, count_parameters
+from apbm_core.export import onnx_bytes, onnx_call, why_no_onnx
 from apbm_core.study.bench.measure import Settings, Table, interleave, verdict
 from apbm_core.study.bench.steps import TARGETS, network
 from apbm_core.study.networks.models import prunable_convs
@@ -128,12 +129,8 @@ def _runtimes(settings: Settings) -> dict[str, Callable[[nn.Module, Tensor], Cal
 def _missing_runtimes(settings: Settings) -> list[str]:
     if settings.device.type != "cpu":
         return ["ONNX Runtime is measured on CPUs only."]
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        return [f"ONNX Runtime was left out ({error}); install the extra: pip install -e '.[onnx]'."]
-    return []
+    reason = why_no_onnx()
+    return [reason] if reason else []
 
 
 def _eager(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -157,23 +154,7 @@ def _compiled(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _onnx(model: nn.Module, example: Tensor, threads: int) -> Callable[[Tensor], Any]:
-    import onnxruntime
-
-    program = torch.onnx.export(
-        model,
-        (example,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda images: session.run(None, {"images": images.numpy()})
+    return onnx_call(onnx_bytes(model, example), threads)
 
 
 def _widths(name: str, model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apbm_core.compress import rescore
 from apbm_core.errors import DataError
-from apbm_core.fusion import FilterFusion, FusionSettings, fused_layers
+from apbm_core.fusion import FusionSettings, fused_layers
 from apbm_core.similarity import log_similarity, pairwise_distances, relative_entropy
 from apbm_core.study.bench.measure import Measured, Settings, Table, interleave, verdict
 from apbm_core.study.bench.steps import TARGETS, fastest_step, fused_network, recipe_for
@@ -249,7 +249,7 @@ def _choose(model: nn.Module, settings: FusionSettings) -> None:
     for name in prunable_convs("vgg16"):
         weight = model.get_submodule(name).weight
         n = len(weight)
-        FilterFusion(n, max(1, n // 4), settings).to(weight).choose(weight, progress=0.0)
+        settings.fusion(n, max(1, n // 4)).to(weight).choose(weight, progress=0.0)
 
 
 def _scales(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from apbm_core.compress import collapse, compact, rescore
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.forward import evaluation_mode
-from apbm_core.fusion import FusionSettings, fused_layers
+from apbm_core.fusion import fused_layers
 from apbm_core.study.bench.measure import Settings, Table, interleave, verdict
 from apbm_core.study.bench.steps import (
     MEAN,
@@ -24,6 +24,7 @@ from apbm_core.study.bench.steps import (
 )
 from apbm_core.study.data.batches import Augmentation, BatchSource, evaluation_batches
 from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.training.device import autocast, memory_format
 from apbm_core.study.training.evaluation import evaluate
 from apbm_core.study.training.optimizer import build_optimizer
@@ -38,7 +39,7 @@ _COLLAPSED = "slim, P is frozen and its banks are dropped"
 def fusion_cost(settings: Settings) -> list[Table]:
     """What FilterFusion adds to a step of the slim VGG16."""
     mixing = fused_network("vgg16")
-    selecting = fused_network("vgg16", FusionSettings(fuse=False))
+    selecting = fused_network("vgg16", VariantSettings(fuse=False))
     collapsed = fused_network("vgg16")
     rescore(collapsed, progress=1.0)
     collapse(collapsed)

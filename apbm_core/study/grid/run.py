@@ -96,6 +96,7 @@ def _carry_out(
         network=network.name,
         network_sha256=sha256(network.read_bytes()),
         data_source=dataset.source,
+        num_classes=split.num_classes,
     )
 
 

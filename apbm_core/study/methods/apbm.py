@@ -8,9 +8,10 @@ from torch import nn
 
 from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ConfigError
-from apbm_core.fusion import FusionReport, FusionSettings, fused_layers
+from apbm_core.fusion import FusionReport, fused_layers
 from apbm_core.study.methods.narrowing import choose_filters, layer_redundancy, narrow, stage_widths
 from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.widths import entropy_budget_model_widths
 from apbm_core.study.training.hooks import Context, Hook
 
@@ -28,7 +29,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    settings: FusionSettings = Field(default_factory=FusionSettings)
+    settings: VariantSettings = Field(default_factory=VariantSettings)
     rescores_per_epoch: int = Field(4, ge=1, description="scorings an epoch, evenly spread over its steps")
     collapse: bool = Field(True, description="once P is frozen, train the fused filters themselves; the banks go")
     bank_lr: float = Field(1.0, gt=0, le=100, description="the banks' learning rate, in multiples of the recipe's")

@@ -8,9 +8,9 @@ those of epoch 0. Our scores are finite at any temperature, so ``frozen_scores``
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from apbm_core.fusion import FusionSettings
 from apbm_core.study.methods import apbm
 from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.temperature import DcffTemperature
 
 LABEL = "DCFF"
@@ -31,7 +31,7 @@ class Options(BaseModel):
 
 def prune(task: Task) -> nn.Module:
     """Train with the reference's schedule, scored once before each epoch."""
-    settings = FusionSettings(
+    settings = VariantSettings(
         schedule=DcffTemperature(epochs=task.config.epochs),
         rescale=False,
         reselect=not task.options.frozen_scores,

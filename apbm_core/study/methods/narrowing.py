@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from apbm_core import similarity
 from apbm_core.forward import evaluation_mode
-from apbm_core.fusion import FilterFusion, FusionSettings
+from apbm_core.fusion import FusionSettings
 from apbm_core.study.methods.target import Followers, followers
+from apbm_core.study.methods.variants import Metric, distances
 from apbm_core.surgery import slim
 
 _RIDGE = 1e-3  # of the activations' mean square: as much as a kept channel may lean on another that is almost its copy
@@ -38,17 +39,17 @@ def choose_filters(model: nn.Module, widths: Mapping[str, int], settings: Fusion
     chosen = {}
     for name, m in widths.items():
         weight = model.get_submodule(name).weight.detach()
-        chosen[name] = FilterFusion(len(weight), m, settings).to(weight.device).choose(weight, progress=1.0).tolist()
+        chosen[name] = settings.fusion(len(weight), m).to(weight.device).choose(weight, progress=1.0).tolist()
     return chosen
 
 
-def layer_redundancy(model: nn.Module, layers: Sequence[str], tau: float, metric: str = "euclidean") -> list[float]:
+def layer_redundancy(model: nn.Module, layers: Sequence[str], tau: float, metric: Metric = "euclidean") -> list[float]:
     """``R_l = mean_i exp(H_i) / n`` of each layer: the share of its filters that a filter resembles, in (0, 1]."""
     found = []
     for name in layers:
         weight = model.get_submodule(name).weight.detach()
         n = len(weight)
-        distance = similarity.scale_free(similarity.pairwise_distances(weight, metric))
+        distance = similarity.scale_free(distances(weight, metric))
         temperature = tau * math.log(max(n, 2))
         entropy = similarity.entropy(similarity.log_similarity(distance, temperature))
         found.append(min(1.0, entropy.exp().mean().item() / n))
@@ -94,7 +95,7 @@ def narrow(
 
 def fusion_shares(weight: Tensor, kept: Tensor, settings: FusionSettings) -> Tensor:
     """``A`` of shape (m, n): what share of each filter goes into each kept one; columns sum to 1."""
-    fusion = FilterFusion(len(weight), len(kept), settings)
+    fusion = settings.fusion(len(weight), len(kept))
     log_p, _ = fusion.log_similarity(weight, progress=1.0)
     shares = torch.softmax(log_p[:, kept], dim=1).T.to(weight.dtype)
     shares[:, kept] = torch.eye(len(kept), dtype=weight.dtype, device=weight.device)

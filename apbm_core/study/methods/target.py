@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.forward import evaluation_mode
 from apbm_core.study.records import RunConfig
 
 TOLERANCE = 0.005  # half a percentage point: how far from its target a cut may end
@@ -212,12 +213,10 @@ def _input_sides(model: nn.Module, example_inputs: Tensor, names: set[str]) -> d
         )
         for name in names
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(example_inputs[:1].to(next(model.parameters()).device))
+        with evaluation_mode(model):
+            model(example_inputs[:1].to(next(model.parameters()).device))
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
     return sides

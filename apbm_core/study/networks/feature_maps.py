@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apbm_core.errors import UnsupportedNetwork
+from apbm_core.forward import evaluation_mode
 from apbm_core.study.networks.layers import named_convolutions
 
 ACTIVATIONS = frozenset(
@@ -242,12 +243,6 @@ def _hooked(convolutions: dict[str, nn.Conv2d], opened: Callable[[str, Tensor], 
 @contextmanager
 def _undisturbed(model: nn.Module):
     """Evaluation mode, no gradients, no autocast; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
     device = next((p.device.type for p in model.parameters()), "cpu")
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield

@@ -14,7 +14,6 @@ a filter holds at one position of its k x k kernel. Two forms of the same layer 
 channel; :func:`stripe_description` is what has to be stored beside a state dict to build the network again.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.forward import plain_copy
 from apbm_core.surgery import prunable_layers, slim
 
 
@@ -70,14 +70,7 @@ def skeleton_layers(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d, FilterSk
 
 def without_skeletons(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose convolutions are plain and hold the masked weight: same outputs, zeros still stored."""
-    plain = copy.deepcopy(model)
-    for _, conv, _ in list(skeleton_layers(plain)):
-        weight = conv.weight.detach().clone()
-        # remove_parametrizations would break the original: it edits the class, which deepcopy shares.
-        conv.__class__ = parametrize.type_before_parametrizations(conv)
-        del conv.parametrizations
-        conv.weight = nn.Parameter(weight)
-    return plain
+    return plain_copy(model, FilterSkeleton)
 
 
 class StripeConv2d(nn.Module):

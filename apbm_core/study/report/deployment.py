@@ -1,14 +1,10 @@
 """A compact network as files that a service could load, whether they agree, how large they are and how fast.
 
-Three formats: safetensors, the weights and widths of a network of the study; ONNX, for ONNX Runtime and others; and
-PyTorch's own exported program (``.pt2``). The latter two hold any network, and need none of its code.
+Three formats: safetensors, the weights and widths of a network of the study (networks/storage.py); ONNX; and PyTorch's
+own exported program (``.pt2``). The latter two are :mod:`apbm_core.export`'s.
 """
 
-import copy
-import io
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,19 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apbm_core import export
 from apbm_core.counting import count_parameters
-from apbm_core.errors import CheckpointError, ConfigError, UnsupportedNetwork
-from apbm_core.files import write_atomically
-from apbm_core.fusion import fused_layers
+from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.export import FORMATS, Call, why_no_onnx, write_exported, write_onnx
 from apbm_core.study.methods import label
 from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.study.networks.storage import load_compact, save_compact
 from apbm_core.study.records import ResultsFolder, RunRecord
-
-FORMATS = {".safetensors": "safetensors", ".onnx": "ONNX Runtime", ".pt2": "torch.export"}
-_ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
-
-Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,42 +42,6 @@ class Agreement:
     same_class: float  # share of the images whose largest output is the same one
 
 
-def why_no_onnx() -> str:
-    """A sentence that says what is missing for ONNX, which is an optional extra; empty if nothing is."""
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        return f"ONNX is left out ({error}); install it with: pip install -e '.[onnx]'."
-    return ""
-
-
-def write_onnx(path: str | Path, model: nn.Module, example_inputs: Tensor) -> Path:
-    """Write ``model``, in evaluation mode, as an ONNX file for batches of any size; its input is called ``images``.
-
-    Args:
-        path: the file, replaced atomically.
-        model: any network without fused layers; left as it was.
-        example_inputs: one batch the network accepts, shape (N, ...).
-
-    Raises:
-        ConfigError: the network is fused still, or the ONNX packages are not installed.
-        UnsupportedNetwork: the network cannot be exported, or not for every batch size; the message says why.
-        ApbmError: the file cannot be written.
-    """
-    if reason := why_no_onnx():
-        raise ConfigError(reason)
-    return _write_onnx(path, _exported(model, example_inputs, "ONNX"))
-
-
-def write_exported(path: str | Path, model: nn.Module, example_inputs: Tensor) -> Path:
-    """Write ``model``, in evaluation mode, as an exported PyTorch program for batches of any size.
-
-    Arguments and errors as :func:`write_onnx`, which needs more packages.
-    """
-    return _write_exported(path, _exported(model, example_inputs, "torch.export"))
-
-
 def write_all(
     folder: str | Path, stem: str, model: nn.Module, example_inputs: Tensor, name: str, num_classes: int
 ) -> list[Path]:
@@ -100,11 +55,12 @@ def write_all(
     Raises:
         ConfigError, UnsupportedNetwork, ApbmError: as :func:`write_onnx`.
     """
-    path, program = Path(folder) / stem, _exported(model, example_inputs, "torch.export")
+    path = Path(folder) / stem
+    program = write_exported(f"{path}.pt2", model, example_inputs)  # first, for it refuses what cannot be written
     files = [save_compact(f"{path}.safetensors", model, name, num_classes)]
     if not why_no_onnx():
-        files.append(_write_onnx(f"{path}.onnx", program))
-    return [*files, _write_exported(f"{path}.pt2", program)]
+        files.append(write_onnx(f"{path}.onnx", model, example_inputs))
+    return [*files, program]
 
 
 def open_file(path: str | Path, threads: int = 1) -> Call:
@@ -123,13 +79,7 @@ def open_file(path: str | Path, threads: int = 1) -> Call:
         raise ConfigError(f"{path} has none of the endings {', '.join(FORMATS)}, so its format is not known.")
     if path.suffix == ".safetensors":
         return torch.inference_mode()(load_compact(path))
-    if path.suffix == ".onnx" and (reason := why_no_onnx()):
-        raise ConfigError(reason)
-    try:
-        content = path.read_bytes()
-        return _open_onnx(content, threads) if path.suffix == ".onnx" else _open_exported(content)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded ({error}); restore it or write it again.") from error
+    return export.open_file(path, threads)
 
 
 def agreement(reference: Call, other: Call, images: Tensor) -> Agreement:
@@ -238,70 +188,19 @@ def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Modu
         CheckpointError: the file is there and damaged.
         UnsupportedNetwork: it is missing, and widths alone do not describe it (SWP's stripes).
     """
-    name = record.config.model
-    counts = [record.widths[conv] for conv in prunable_convs(name)]
-    with torch.device("meta"):  # parameters grow with the classes by the same number each
-        ten, eleven = (count_parameters(build_model(name, classes, counts)) for classes in (10, 11))
-    classes, left = divmod(record.parameters - ten, eleven - ten)
     path = results.networks / (record.network or "missing")
+    classes = record.num_classes or _published_classes(record)
     if path.exists():
-        return load_compact(path), 10 + classes, True
-    if left:
+        return load_compact(path), classes, True
+    name = record.config.model
+    model = build_model(name, classes, [record.widths[conv] for conv in prunable_convs(name)]).eval()
+    if count_parameters(model) != record.parameters:
         raise UnsupportedNetwork(
             f"{path} is missing, and the widths of {record.id} do not say what it is; run it again."
         )
-    return build_model(name, 10 + classes, counts).eval(), 10 + classes, False
+    return model, classes, False
 
 
-def _exported(model: nn.Module, example_inputs: Tensor, format_name: str) -> torch.export.ExportedProgram:
-    """The forward pass of a copy on the CPU in evaluation mode, for any number of images."""
-    if any(True for _ in fused_layers(model)):
-        raise ConfigError("the network is fused still: its banks are for training; write apbm_core.compact(network).")
-    batch = example_inputs.detach().cpu()
-    two = batch if len(batch) > 1 else torch.cat([batch, batch])  # a batch of one would be taken for a constant
-    with _explained(type(model).__name__, format_name):
-        return torch.export.export(copy.deepcopy(model).cpu().eval(), (two,), dynamic_shapes=_ANY_BATCH)
-
-
-def _write_exported(path: str | Path, program: torch.export.ExportedProgram) -> Path:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return write_atomically(path, buffer.getvalue())
-
-
-def _write_onnx(path: str | Path, program: torch.export.ExportedProgram) -> Path:
-    with _explained("network", "ONNX"):
-        converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"])
-        content = converted.model_proto.SerializeToString()
-    return write_atomically(path, content)
-
-
-@contextmanager
-def _explained(network: str, format_name: str):
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedNetwork(
-            f"this {network} cannot be exported as {format_name}: {reason} A forward() that depends on "
-            "the images' values, or on their number, cannot."
-        ) from error
-
-
-def _open_onnx(content: bytes, threads: int) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    def call(images: Tensor) -> Any:
-        outputs = [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    return call
-
-
-def _open_exported(content: bytes) -> Call:
-    return torch.export.load(io.BytesIO(content)).module()
+def _published_classes(record: RunRecord) -> int:
+    """The number of classes of a record that does not state it: there are such of CIFAR and of the digits alone."""
+    return 100 if record.config.dataset == "cifar100" else 10

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from apbm_core.compress import parse_keep
-from apbm_core.fusion import FilterFusion, FusionSettings
+from apbm_core.fusion import FusionSettings
 from apbm_core.similarity import entropy, relative_entropy
 from apbm_core.temperature import Schedule
 
@@ -128,7 +128,7 @@ def schedule_course(schedules: Mapping[str, Schedule], weight: Tensor, epochs: i
 
 
 def _at(schedule: Schedule, weight: Tensor, progress: float) -> tuple[float, float, float]:
-    fusion = FilterFusion(len(weight), max(1, len(weight) // 2), FusionSettings(schedule=schedule, rescale=False))
+    fusion = FusionSettings(schedule=schedule, rescale=False).fusion(len(weight), max(1, len(weight) // 2))
     selected = fusion.choose(weight, progress)
     fusion.rescore(weight, progress, reselect=False)
     log_p, _ = fusion.log_similarity(weight, progress)
@@ -145,7 +145,7 @@ def layer_overview(weight: Tensor, keep: float, settings: FusionSettings) -> Fig
         settings: how to score and fuse.
     """
     n = len(weight)
-    fusion = FilterFusion(n, parse_keep(float(keep), n, "shown"), settings)
+    fusion = settings.fusion(n, parse_keep(float(keep), n, "shown"))
     kept = fusion.choose(weight, 0.0)
     report = fusion.rescore(weight, 0.0, reselect=False)
     log_p, _ = fusion.log_similarity(weight, 0.0)

@@ -6,8 +6,9 @@ from fake_task import fake_task
 from torch import nn
 
 from apbm_core.compress import fuse
-from apbm_core.fusion import FusionSettings, fused_layers
+from apbm_core.fusion import fused_layers
 from apbm_core.study.methods import apbm
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.models import prunable_convs
 from apbm_core.study.training.hooks import Context
 
@@ -33,8 +34,8 @@ def run(folder, options, stop=None):
     "options",
     [
         apbm.Options(collapse=True, bank_lr=2.0, bank_decay=0.0),
-        apbm.Options(settings=FusionSettings(gain=True, bank=1.5, mass="assigned")),
-        apbm.Options(settings=FusionSettings(learn_mixing=True, initial="orthogonal")),
+        apbm.Options(settings=VariantSettings(gain=True, bank=1.5, mass="assigned")),
+        apbm.Options(settings=VariantSettings(learn_mixing=True, initial="orthogonal")),
     ],
     ids=["collapse", "gain", "learned-mixing"],
 )

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from apbm_core.errors import ApbmError, ConfigError
-from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.profiles import parse_assignments
 from apbm_core.study.grid.run import execute
 from apbm_core.study.methods import all_methods, get_method
+from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.models import all_networks
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.study.networks.widths import SOLVERS
@@ -62,7 +62,7 @@ temperatures = st.fixed_dictionaries(
 )
 fusion_settings = st.fixed_dictionaries(
     {},
-    optional={name: option_values | st.booleans() for name in (*FusionSettings.model_fields, "temprature")}
+    optional={name: option_values | st.booleans() for name in (*VariantSettings.model_fields, "temprature")}
     | {"schedule": temperatures | scalars},
 )
 recipe_overrides = st.dictionaries(
@@ -169,12 +169,12 @@ def test_a_recipe_is_refused_by_name_or_gives_a_finite_rate_throughout(values):
 @example({"schedule": {"kind": "annealed", "end": NAN}})
 def test_fusion_settings_are_refused_by_name_or_survive_json(values):
     try:
-        checked = validated(FusionSettings, values, "the settings")
+        checked = validated(VariantSettings, values, "the settings")
     except ConfigError as error:
         assert names_one_of(error, values, "schedule", "kind"), error
         return
     content = json.dumps(checked.model_dump(mode="json"), allow_nan=False)
-    assert FusionSettings.model_validate(json.loads(content)) == checked
+    assert VariantSettings.model_validate(json.loads(content)) == checked
 
 
 @settings(max_examples=150)
