@@ -13,7 +13,7 @@ TOP = sorted(PACKAGE.glob("*.py"))
 STUDY = sorted((PACKAGE / "study").rglob("*.py"))
 # Name of a room or a file of the study -> its floor; those on one floor do not import each other.
 FLOORS = {
-    **dict.fromkeys(("options", "validation"), 0),  # serve every room
+    **{path.stem: 0 for path in PACKAGE.glob("study/*.py") if path.stem != "__init__"},  # they serve every room
     "data": 1,
     "training": 2,
     "networks": 3,  # keeps networks in the training's files
