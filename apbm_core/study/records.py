@@ -116,11 +116,15 @@ class RunRecord(BaseModel):
         The processor (one name covers some with and some without bfloat16 instructions), the arithmetic, the threads,
         and how many runs shared the machine.
         """
-        facts = self.environment
-        instructions = facts.get("cpu_bfloat16") if facts["precision"] == "bfloat16" else None
-        arithmetic = f"{facts['precision']} ({', '.join(instructions)})" if instructions else facts["precision"]
-        threads = f"{facts['threads']} {'threads' if facts['threads'] > 1 else 'thread'} a run"
-        return f"{facts['device']}, {arithmetic}, {threads}, {facts['side_by_side']} at a time"
+        return timed_on(self.environment)
+
+
+def timed_on(facts: dict[str, Any]) -> str:
+    """The conditions that seconds depend on, in words: see :attr:`RunRecord.timed_on`."""
+    instructions = facts.get("cpu_bfloat16") if facts["precision"] == "bfloat16" else None
+    arithmetic = f"{facts['precision']} ({', '.join(instructions)})" if instructions else facts["precision"]
+    threads = f"{facts['threads']} {'threads' if facts['threads'] > 1 else 'thread'} a run"
+    return f"{facts['device']}, {arithmetic}, {threads}, {facts['side_by_side']} at a time"
 
 
 class ResultsFolder:

@@ -1,4 +1,4 @@
-"""Records as tables: one row a run, means with confidence intervals, and APBM against each rival."""
+"""Records as tables: one row a run, one a point of the grid, phases and epochs. Comparisons are in rivals.py."""
 
 import math
 from collections import Counter
@@ -6,18 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
 
-from apbm_core.study.methods import label, ordered
+from apbm_core.study.grid.calibration import Calibration
+from apbm_core.study.methods import ordered
 from apbm_core.study.networks.models import network_label
-from apbm_core.study.records import RunRecord, read_record
+from apbm_core.study.records import PhaseRecord, RunRecord, read_record
+from apbm_core.study.report.statistics import NO_NOISE, Noise, pooled_noise
 
-CONFIDENCE = 0.95
-PAIRS_FOR_A_VERDICT = 3  # methods.md 6
 DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
-_RUN = [*POINT, "seed", "epochs", "accuracy", *_COSTS, "device", "precision", "timed on", "timed alike", "id"]
+_RUN = [
+    *POINT,
+    "seed",
+    "epochs",
+    "accuracy",
+    *_COSTS,
+    "device",
+    "precision",
+    "timed on",
+    "timed alike",
+    "network",
+    "id",
+]
 _MEANS = ["epochs", "drop", *_COSTS]
 
 
@@ -32,9 +43,11 @@ def series(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
+def runs_frame(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """One row a run. Accuracy, its loss against dense, and what was removed are in percent; times in seconds. Networks
     come in the order of the records.
+
+    *training seconds* are the calibration's where it covers the run, else the record's own; *timed on* says which.
 
     *timed alike*: under the conditions that most of the network's runs were timed under.
     Without records the frame is empty, but has its columns.
@@ -58,10 +71,11 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "MACs": record.macs,
                 "parameters removed": 100 * record.parameters_removed,
                 "MACs removed": 100 * record.macs_removed,
-                "training seconds": record.seconds,
+                "training seconds": seconds_of(record, calibration),
                 "device": record.environment["device"],
                 "precision": record.environment["precision"],
-                "timed on": record.timed_on,
+                "timed on": calibration.words if _covers(calibration, record) else record.timed_on,
+                "network": record.network_sha256 or record.id,
                 "id": record.id,
             }
         )
@@ -82,93 +96,65 @@ def runs_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     return frame
 
 
-def timed_alike(records: Sequence[RunRecord]) -> list[RunRecord]:
+def seconds_of(record: RunRecord, calibration: Calibration | None) -> float:
+    """A run's training time: the calibration's where it covers the run, else what the run itself took."""
+    return calibration.seconds(record) if _covers(calibration, record) else record.seconds
+
+
+def _covers(calibration: Calibration | None, record: RunRecord) -> bool:
+    return calibration is not None and calibration.covers(record)
+
+
+def timed_alike(records: Sequence[RunRecord], calibration: Calibration | None = None) -> list[RunRecord]:
     """Those records whose seconds were measured under the conditions that most of their network's were."""
-    frame = runs_frame(records)
+    frame = runs_frame(records, calibration)
     ids = set(frame["id"][frame["timed alike"].astype(bool)])
     return [record for record in records if record.id in ids]
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half-width of its 95 % confidence interval (Student's t); the latter is NaN for one value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
+_ENOUGH = 8  # degrees of freedom: with fewer at a target, all targets of the network are pooled
+
+
+def noises(frame: pd.DataFrame) -> dict[tuple[str, str, float], Noise]:
+    """How much one run's accuracy spreads, by (network, data set, target): the residual of method x seed.
+
+    Where a target has too few repetitions, and for the dense network, that of all the network's targets together.
+    """
+    found = {}
+    for (model, dataset), runs in frame.groupby(["model", "dataset"], sort=False):
+        overall = pooled_noise(runs, ["method", "schedule", "target"], network="network")
+        for target, there in runs.groupby("target"):
+            own = pooled_noise(there, ["method", "schedule"], network="network")
+            found[model, dataset, target] = own if own.df >= _ENOUGH else overall
+    return found
 
 
 def points(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each network, method, schedule and target: means over the seeds, the interval of the accuracy, n."""
-    rows = []
+    """One row for each network, method, schedule and target: means over the seeds, the interval of the accuracy, n.
+
+    The interval is 95 %, from the pooled noise (:func:`noises`), of the method's mean without what a seed does to all
+    methods: it serves to compare methods, whose runs share their seeds. It is NaN where nothing was repeated.
+    """
+    known, rows = noises(frame), []
     for key, group in frame.groupby(POINT, observed=True, sort=False):
-        mean, half_width = mean_and_interval(group["accuracy"].tolist())
+        names = dict(zip(POINT, key, strict=True))
+        noise = known.get((names["model"], names["dataset"], names["target"]), NO_NOISE)
         rows.append(
-            dict(zip(POINT, key, strict=True))
-            | {"accuracy": mean, "interval": half_width, "n": len(group), "timed alike": group["timed alike"].all()}
+            names
+            | {"accuracy": group["accuracy"].mean(), "interval": noise.half_width_of_mean(len(group))}
+            | {"n": len(group), "timed alike": group["timed alike"].all()}
             | group[_MEANS].mean().to_dict()
         )
     return pd.DataFrame(rows, columns=[*POINT, "accuracy", "interval", "n", "timed alike", *_MEANS])
 
 
-def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
-    """``method``'s accuracy minus each rival's, at the same network and target, paired by seed; in points.
+def phase_frame(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
+    """One row for each phase of each run, with its epochs, seconds and images per second; the calibration's where it
+    covers the run."""
 
-    At equal epochs all have the same schedule. ``method``'s equal-time runs are set beside the other equal-time runs,
-    and beside the equal-epochs runs of rivals that have none: those the time was measured by. With widths of its own
-    (``method@rule``) it is set beside all, too.
+    def seconds(record: RunRecord, phase: PhaseRecord) -> float:
+        return calibration.phase_seconds(record, phase) if _covers(calibration, record) else phase.seconds
 
-    The time ratio is of the pairs that were timed under equal conditions, and NaN without any.
-    """
-    rows = []
-    keys = ["model", "dataset", "target"]
-    for key, group in frame[frame["method"] != "dense"].groupby(keys, observed=True, sort=False):
-        for schedule in group["schedule"].unique():
-            same = group[group["schedule"] == schedule]
-            ours = [name for name in ordered(same["method"]) if name.partition("@")[0] == method]
-            others = group[(group["schedule"] == "equal") & ~group["method"].isin(same["method"])]
-            beside = pd.concat([same, others]) if schedule == "equal-time" else same
-            for place, own in enumerate(ours):
-                for rival in ordered(beside["method"]):
-                    if rival not in ours[: place + 1]:
-                        row = _pair(same[same["method"] == own], beside[beside["method"] == rival])
-                        rows += [dict(zip(keys, key, strict=True)) | row] if row else []
-    return pd.DataFrame(rows)
-
-
-def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict | None:
-    """One row of :func:`against_rivals`; None if no seed is in both."""
-    both = ours.merge(theirs, on="seed", suffixes=("", " of rival"))
-    if both.empty:
-        return None
-    mean, half_width = mean_and_interval((both["accuracy"] - both["accuracy of rival"]).tolist())
-    timed = both[both["timed on"] == both["timed on of rival"]]
-    return {
-        "schedule": both["schedule"].iloc[0],
-        "method": both["method"].iloc[0],
-        "rival": label(both["method of rival"].iloc[0]),
-        "rival's schedule": both["schedule of rival"].iloc[0],
-        "difference": mean,
-        "interval": half_width,
-        "n": len(both),
-        "time ratio": (timed["training seconds"] / timed["training seconds of rival"]).mean(),
-        "MACs ratio": (both["MACs"] / both["MACs of rival"]).mean(),
-        "verdict": verdict(mean, half_width, len(both)),
-    }
-
-
-def verdict(difference: float, half_width: float, n: int) -> str:
-    """What n paired differences allow one to say."""
-    if n < 2:
-        return f"{'above' if difference > 0 else 'below'} by one seed: no interval"
-    if abs(difference) <= half_width:
-        return "no difference shown"
-    return "above" if difference > 0 else "below"
-
-
-def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
-    """One row for each phase of each run, with its epochs, seconds and images per second."""
     return pd.DataFrame(
         [
             {
@@ -180,8 +166,8 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
                 "id": record.id,
                 "phase": phase.name,
                 "epochs": phase.epochs,
-                "seconds": phase.seconds,
-                "images/s": phase.images_per_second,
+                "seconds": seconds(record, phase),
+                "images/s": phase.images / seconds(record, phase) if phase.images else None,
                 "shared": phase.shared,
             }
             for record, method in zip(records, series(records), strict=True)
@@ -190,11 +176,11 @@ def phase_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     )
 
 
-def phase_columns(records: Sequence[RunRecord]) -> pd.DataFrame:
+def phase_columns(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """The seconds of each phase, a column a phase, by network, method, target (in percent) and schedule; means over the
     seeds. A method that lacks a phase has NaN there."""
     keys = ["model", "method", "target", "schedule"]
-    phases = phase_frame(records)
+    phases = phase_frame(records, calibration)
     if phases.empty:
         return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=keys))
     each = phases.groupby([*keys, "seed", "phase"], sort=False)["seconds"].sum()

@@ -12,9 +12,9 @@ from pandas.io.formats.style import Styler
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.methods import label
 from apbm_core.study.records import RunConfig, RunRecord
-from apbm_core.study.report import frames
 from apbm_core.study.report.claims import claims_frame
 from apbm_core.study.report.frames import label_model, phase_columns, phase_frame, points, runs_frame
+from apbm_core.study.report.rivals import against_rivals
 
 FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
@@ -70,7 +70,7 @@ def targets(records: Sequence[RunRecord], by: str = "params") -> dict[str, tuple
 
 def rivals(records: Sequence[RunRecord]) -> pd.DataFrame:
     """APBM's accuracy minus each rival's, with interval and verdict."""
-    return _labelled(frames.against_rivals(runs_frame(records)))
+    return _labelled(against_rivals(runs_frame(records)))
 
 
 def phases(records: Sequence[RunRecord]) -> pd.DataFrame:

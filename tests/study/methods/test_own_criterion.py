@@ -12,7 +12,8 @@ from apbm_core.study.grid.run import execute
 from apbm_core.study.methods import get_method, label, ordered
 from apbm_core.study.records import RunConfig, canonical_json
 from apbm_core.study.report import curves, tables
-from apbm_core.study.report.frames import against_rivals, points, runs_frame
+from apbm_core.study.report.frames import points, runs_frame
+from apbm_core.study.report.rivals import against_rivals
 
 EXAMPLE = str(Path(__file__).parents[3] / "examples" / "own_criterion.py")
 FIRST = """
