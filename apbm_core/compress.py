@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import is_parametrized_by, plain_copy, refuse_wrapped
 from apbm_core.fusion import FilterFusion, FusionReport, FusionSettings, fit_saved_shape, fused_layers
-from apbm_core.passing import InputPassing
+from apbm_core.passing import InputPassing, pass_inputs, why_not_passing
 from apbm_core.surgery import check_names, slim_with_inputs, why_not_prunable
 
 _OURS = (FilterFusion, InputPassing)
@@ -22,6 +22,7 @@ def fuse(
     keep: float | Mapping[str, float | int] = 0.5,
     settings: FusionSettings | None = None,
     ignore: Collection[str] = (),
+    passing: bool = False,
 ) -> nn.Module:
     """A physically small copy of ``model`` whose convolutions fuse banks of the dense width (APBM, methods.md 1).
 
@@ -35,6 +36,8 @@ def fuse(
             and then only those layers are fused.
         settings: how to score and fuse; APBM's defaults if None.
         ignore: names of convolutions to leave as they are.
+        passing: every fused filter is its own input channel plus what is fused, both in learned amounts (see
+            :mod:`apbm_core.passing`). For a training from scratch: it would bury what a trained network has learnt.
 
     Returns:
         The slim network. The layers that are not prunable (see :func:`why_not_prunable`) are as they were.
@@ -78,6 +81,8 @@ def fuse(
         fusion.rescore(bank, progress=0.0, reselect=False)
         parametrize.register_parametrization(conv, "weight", fusion, unsafe=True)  # unsafe: the shape changes
         conv.parametrizations.weight.register_load_state_dict_pre_hook(fit_saved_shape)
+    if passing:
+        pass_inputs(small, [name for name in fusions if why_not_passing(small.get_submodule(name)) is None])
     return small
 
 

@@ -5,10 +5,10 @@ found. With
 
 .. math:: \tilde W_k = a_k \, \delta_k + b_k \, V_k
 
-the k-th filter starts as the k-th input channel, seen through its middle tap, plus an ordinary random start ``V_k``, so
-the image reaches the last layer from the first step on. ``a`` and ``b`` are learned and not decayed: training decides
-how much of the input goes on being passed (Zagoruyko and Komodakis, *DiracNets*, 2017). ``V`` may itself be a fusion,
-the ``P W`` of :mod:`apbm_core.fusion`.
+the k-th filter starts as the k-th input channel, seen through its middle tap, plus half of an ordinary random start
+``V_k``, so the image reaches the last layer from the first step on. ``a`` and ``b`` are learned and not decayed:
+training decides how much of the input goes on being passed (Zagoruyko and Komodakis, *DiracNets*, 2017). ``V`` may
+itself be a fusion, the ``P W`` of :mod:`apbm_core.fusion`.
 
 In code it is a parametrization of an ordinary convolution's weight, behind the fusion's if there is one. It costs one
 addition of the size of the weight, and deployment writes the sum into the convolution.
@@ -29,7 +29,8 @@ class InputPassing(nn.Module):
 
     Args:
         conv: the convolution, of any kernel, stride, padding, dilation and number of groups.
-        amount: what ``a`` starts at; ``b`` starts at 1.
+        amount: what ``a`` starts at.
+        share: what ``b`` starts at.
 
     Raises:
         UnsupportedNetwork: no tap of its kernel meets the output's own place, or it has no channel to pass on.
@@ -37,7 +38,7 @@ class InputPassing(nn.Module):
 
     no_weight_decay = ("a", "b")
 
-    def __init__(self, conv: nn.Conv2d, amount: float = 1.0):
+    def __init__(self, conv: nn.Conv2d, amount: float = 1.0, share: float = 0.5):
         super().__init__()
         if reason := why_not_passing(conv):
             raise UnsupportedNetwork(f"this convolution cannot pass its input on: {reason}.")
@@ -45,7 +46,7 @@ class InputPassing(nn.Module):
         shape = (conv.out_channels, 1, 1, 1)
         self.register_buffer("delta", identity_kernel(conv).to(weight))
         self.a = nn.Parameter(torch.full(shape, float(amount), dtype=weight.dtype, device=weight.device))
-        self.b = nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device))
+        self.b = nn.Parameter(torch.full(shape, float(share), dtype=weight.dtype, device=weight.device))
 
     def forward(self, filters: Tensor) -> Tensor:
         return self.a * self.delta + self.b * filters
@@ -71,7 +72,9 @@ def why_not_passing(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def pass_inputs(model: nn.Module, layers: Collection[str] | None = None, amount: float = 1.0) -> dict[str, str]:
+def pass_inputs(
+    model: nn.Module, layers: Collection[str] | None = None, amount: float = 1.0, share: float = 0.5
+) -> dict[str, str]:
     """Let convolutions of ``model`` pass their inputs on, in place: all that can, or those named.
 
     Call it before the optimizer is made, and after :func:`apbm_core.fuse`, if that is called.
@@ -94,7 +97,7 @@ def pass_inputs(model: nn.Module, layers: Collection[str] | None = None, amount:
             continue
         if any(isinstance(step, InputPassing) for step in conv.modules()):
             raise ConfigError(f"layer {name!r} passes its input on already; call pass_inputs once.")
-        parametrize.register_parametrization(conv, "weight", InputPassing(conv, amount))
+        parametrize.register_parametrization(conv, "weight", InputPassing(conv, amount, share))
     return left
 
 

@@ -45,7 +45,7 @@ def test_it_is_torchs_dirac():
 def test_value_and_gradients():
     conv = nn.Conv2d(3, 4, 3, padding=1).double()
     passing = InputPassing(conv, amount=0.7)
-    torch.testing.assert_close(passing(conv.weight), conv.weight + 0.7 * passing.delta)
+    torch.testing.assert_close(passing(conv.weight), 0.5 * conv.weight + 0.7 * passing.delta)
 
     def call(filters, a, b):
         return torch.func.functional_call(passing, {"a": a, "b": b, "delta": passing.delta}, filters)

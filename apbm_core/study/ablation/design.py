@@ -69,6 +69,7 @@ BASE: dict[str, Any] = {
     "merge": "activations",
     "widths": "shared",
     "budget_tau": 1.0,
+    "passing": False,
 }
 """What the variants start from, spelt out, so that it stays what it was when APBM's defaults change."""
 
@@ -123,6 +124,22 @@ _RATES = (
         for rate in (0.1, 0.4, 0.8)
     ),
     *(Variant(f"base-rate-{rate}", "rate", f"base, rate {rate}", recipe={"lr": rate}) for rate in (0.1, 0.4, 0.8)),
+)
+
+# Filters that are their own input channel plus what is learned or fused, and the controls of the same start.
+_PASSING = (
+    Variant("dirac", "passing", "slim from scratch, identity start", method="dirac"),
+    Variant("reparam", "passing", "slim from scratch, branches with norms of their own", method="reparam"),
+    Variant("passing", "passing", "the slice, passing its input on; no fusion, no score", _SLICE, {"passing": True}),
+    Variant("passing-selected", "passing", "passing, the KL score selects", {"fuse": False}, {"passing": True}),
+    Variant("passing-fused", "passing", "passing and fused: base's fusion", options={"passing": True}),
+    Variant(
+        "passing-assigned",
+        "passing",
+        "passing and fused: unimportant filters divide themselves",
+        {"mass": "assigned"},
+        {"passing": True},
+    ),
 )
 
 _SIXTH = 1 / 6  # one epoch of the beds' six
@@ -188,6 +205,7 @@ _ALL = (
         "2 stages, entropy widths",
         options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
     ),
+    *_PASSING,
     *_RATES,
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
@@ -227,6 +245,15 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("banks that learn half as fast", "bank-lr-half", "base"),
     ("twice the learning rate, for the slice alone", "slice-lr-2", "slice"),
     ("twice the learning rate, for slim from scratch", "scratch-lr-2", "scratch"),
+    ("starting as identities", "dirac", "scratch"),
+    ("branches with norms of their own", "reparam", "scratch"),
+    ("passing the input on, without fusion", "passing", "slice"),
+    ("learned amounts, instead of an identity start alone", "passing", "dirac"),
+    ("passing the input on, with fusion", "passing-fused", "base"),
+    ("choosing by relative entropy, while passing", "passing-selected", "passing"),
+    ("mixing the others in, while passing", "passing-fused", "passing-selected"),
+    ("fusing what is unimportant, while passing", "passing-assigned", "passing-selected"),
+    ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
     ("banks without weight decay", "bank-no-decay", "base"),
     ("dropping the banks once P is frozen", "collapse", "base"),
     ("starting wide, for one epoch", "wide-1", "slice"),

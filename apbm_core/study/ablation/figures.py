@@ -24,6 +24,7 @@ GROUP_COLOURS = {
     "narrowing": "#56B4E9",
     "widths": "#8C6D31",
     "rate": "#332288",
+    "passing": "#882255",
 }
 VERDICT_COLOURS = {"above": "#009E73", "below": "#D55E00"}
 _LANDMARKS = ("scratch", "slice", "no-fusion", "base", "l1", "dcff")

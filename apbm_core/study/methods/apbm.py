@@ -13,6 +13,7 @@ from apbm_core.study.methods.narrowing import choose_filters, layer_redundancy, 
 from apbm_core.study.methods.task import Task
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.widths import entropy_budget_model_widths
+from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
 
 LABEL = "APBM"
@@ -47,11 +48,16 @@ class Options(BaseModel):
         "shared", description="'entropy': the wide network's redundancy distributes the target over the layers"
     )
     budget_tau: float = Field(1.0, gt=0, le=64, description="tau at which the redundancy is measured")
+    passing: bool = added(
+        True, if_absent=False, description="each filter is its own input channel plus what is fused, in learned amounts"
+    )
 
     @model_validator(mode="after")
     def _narrowing_is_whole(self):
         if self.widths == "entropy" and self.wide == 0:
             raise ValueError("widths = 'entropy' looks at the wide network: set wide, the share of epochs it trains.")
+        if self.wide and self.passing:
+            raise ValueError("a network that starts wide cannot pass its input on as well: set passing = False.")
         return self
 
 
@@ -118,7 +124,7 @@ def prune(task: Task) -> nn.Module:
 
 def train_fused(task: Task, options: Options) -> nn.Module:
     """The one phase that APBM and DCFF share: fuse, train with rescoring, compact."""
-    model = fuse(task.build(), task.example_inputs, task.widths, options.settings)
+    model = fuse(task.build(), task.example_inputs, task.widths, options.settings, passing=options.passing)
     task.train("train", model, task.config.epochs, hooks=[FusionHook(model, options)])
     return compact(model)
 

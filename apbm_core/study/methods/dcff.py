@@ -36,4 +36,4 @@ def prune(task: Task) -> nn.Module:
         rescale=False,
         reselect=not task.options.frozen_scores,
     )
-    return apbm.train_fused(task, apbm.Options(settings=settings, rescores_per_epoch=1))
+    return apbm.train_fused(task, apbm.Options(settings=settings, rescores_per_epoch=1, passing=False))

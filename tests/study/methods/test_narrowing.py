@@ -150,7 +150,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("widths", ["shared", "entropy"])
 def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path, widths):
-    options = apbm.Options(wide=0.5, stages=2, widths=widths)
+    options = apbm.Options(passing=False, wide=0.5, stages=2, widths=widths)
 
     def run(folder, stop=None):
         task = fake_task(folder, "apbm", "resnet20", options, epochs=4, target=0.5)
@@ -182,7 +182,9 @@ def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path
 
 
 def test_more_stages_than_epochs_are_refused_before_anything_is_trained(tmp_path):
-    task = fake_task(tmp_path, "apbm", "resnet20", apbm.Options(wide=0.5, stages=3), epochs=3, target=0.5)
+    task = fake_task(
+        tmp_path, "apbm", "resnet20", apbm.Options(passing=False, wide=0.5, stages=3), epochs=3, target=0.5
+    )
     with pytest.raises(ConfigError, match="there are 3"):
         apbm.prune(task)
     assert task.phases == []
