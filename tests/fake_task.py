@@ -39,6 +39,6 @@ def fake_task(
         schedule=schedule,
         recipe=get_recipe("fast", batch_size=images // 2, precision="float32", lr=0.05),
         seed=0,
-        options=stated(options),
+        options={} if options is None else stated(options),
     )
     return Task(config, split, ResultsFolder(folder), options, torch.device("cpu"))

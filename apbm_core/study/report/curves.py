@@ -1,10 +1,9 @@
 """Every plot the notebooks show. Each takes records, and its title says what they found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -12,81 +11,17 @@ from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import (
     history_frame,
-    label_dataset,
     label_model,
     phase_frame,
-    points,
     runs_frame,
     timed_alike,
 )
 from apbm_core.study.report.style import colour, in_lines, line_style, marker, set_title, shared_legend
 from apbm_core.study.report.style import save as save  # the notebooks take the whole set from here
 from apbm_core.study.report.style import use_style as use_style
-
-
-def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
-    """Accuracy against the parameters and against the MACs removed: a row a network, a line a method.
-
-    Where a network has one target only, its methods stand at one place of the first axis; they are listed instead.
-    """
-    table = points(runs_frame(records))
-    table = table[table["schedule"] != "equal-time"]
-    models = list(dict.fromkeys(table["model"]))
-    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.4 * len(models)), squeeze=False)
-    for (left, right), model in zip(axes, models, strict=True):
-        part = table[table["model"] == model]
-        if part[part["target"] > 0]["target"].nunique() > 1:
-            _curves(left, part, "parameters removed")
-        else:
-            _list_of_methods(left, part)
-        _curves(right, part, "MACs removed")
-        set_title(left, f"{label_model(model)}, {_dataset(part)}: {_finding(part)}", 110)
-    shared_legend(figure, axes[:, 1])
-    return figure
-
-
-def accuracy_against_time(records: Sequence[RunRecord]) -> Figure:
-    """Accuracy against the total training time of a run, shared pre-training included: one panel a network.
-
-    Runs that were timed under other conditions than most of the network's are faint.
-    """
-    table = points(runs_frame(records))
-    models = list(dict.fromkeys(table["model"]))
-    figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.4), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        part = table[table["model"] == model]
-        for method in (*_methods(part), "dense"):
-            for schedule, line in part[part["method"] == method].groupby("schedule", sort=False):
-                for alike, marks in line.groupby("timed alike"):
-                    hollow = schedule == "equal-time"
-                    minutes = marks["training seconds"] / 60
-                    _points(axis, minutes, marks, method, joined=False, hollow=hollow, faint=not alike)
-        set_title(axis, f"{label_model(model)}, {_dataset(part)}: {_time_finding(part)}", 60)
-        axis.set_xlabel(f"training time of the run (minutes; {_marks_of_time(part)})")
-        axis.set_ylabel("test accuracy (%)")
-    shared_legend(figure, axes[0])
-    return figure
-
-
-def _marks_of_time(part: pd.DataFrame) -> str:
-    return "hollow: equal-time runs" + ("" if part["timed alike"].all() else "; faint: timed under other conditions")
-
-
-def _time_finding(part: pd.DataFrame) -> str:
-    """What equal time made of APBM and of the same network from scratch; else who takes how much longer than whom."""
-    means = part.groupby(["target", "schedule", "method"], observed=True)["accuracy"].mean()
-    for target in sorted(part[part["schedule"] == "equal-time"]["target"].unique()):
-        names = [("equal-time", "apbm"), ("equal-time", "scratch"), ("equal", "l1")]
-        there = [(method, means.get((target, schedule, method))) for schedule, method in names]
-        if all(accuracy is not None for _, accuracy in there):
-            words = ", ".join(f"{label(method)} {accuracy:.1f} %" for method, accuracy in there)
-            return f"at {target:.4g} % removed, in L1's time: {words}"
-    timed = part[part["timed alike"]]
-    if timed.empty:
-        return "every mark is of runs timed under different conditions"
-    slowest, fastest = (timed.loc[timed["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
-    ratio = slowest["training seconds"] / fastest["training seconds"]
-    return f"{label(slowest['method'])} takes {ratio:.1f} times as long as {label(fastest['method'])}"
+from apbm_core.study.report.tradeoffs import accuracy_against_macs as accuracy_against_macs
+from apbm_core.study.report.tradeoffs import accuracy_against_time as accuracy_against_time
+from apbm_core.study.report.tradeoffs import accuracy_curves as accuracy_curves
 
 
 def training_curves(records: Sequence[RunRecord]) -> Figure:
@@ -225,105 +160,5 @@ def _fusion_finding(history: pd.DataFrame) -> str:
     return "; ".join(sentences)
 
 
-def _curves(axis: Axes, part: pd.DataFrame, removed: str) -> None:
-    """Accuracy against what was removed, a line a method, the dense network as a band."""
-    _dense_band(axis, part, axis.axhspan, axis.axhline)
-    for method in _methods(part):
-        line = part[part["method"] == method].sort_values(removed)
-        _points(axis, line[removed], line, method)
-    axis.set_xlabel(f"{removed} (%)")
-    axis.set_ylabel("test accuracy (%)")
-
-
-def _list_of_methods(axis: Axes, part: pd.DataFrame) -> None:
-    """One line of text for each method, the best on top, its accuracy as a mark."""
-    _dense_band(axis, part, axis.axvspan, axis.axvline)
-    pruned = part[part["target"] > 0].sort_values("accuracy")
-    for place, row in enumerate(pruned.itertuples()):
-        axis.errorbar(
-            row.accuracy,
-            place,
-            xerr=None if pd.isna(row.interval) else row.interval,
-            marker=marker(row.method),
-            color=colour(row.method),
-            ms=9,
-            capsize=3,
-            ls="none",
-        )
-        beside = axis.get_yaxis_transform()  # a column at the right edge, where no mark or line is
-        axis.text(1.01, place, f"{row.accuracy:.2f}", transform=beside, va="center", fontsize=8)
-    axis.set_yticks(range(len(pruned)), [label(method) for method in pruned["method"]])
-    axis.set_ylim(-0.6, len(pruned) - 0.4)
-    axis.margins(x=0.12)
-    axis.grid(axis="y", visible=False)
-    counts = sorted(set(pruned["n"]))
-    seeds = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    axis.set_xlabel(f"test accuracy (%), {seeds}; dashed: dense")
-
-
 def _methods(table: pd.DataFrame) -> list[str]:
     return [name for name in ordered(table["method"]) if name != "dense"]
-
-
-def _points(
-    axis: Axes,
-    x: pd.Series,
-    line: pd.DataFrame,
-    method: str,
-    joined: bool = True,
-    hollow: bool = False,
-    faint: bool = False,
-) -> None:
-    emphasis = method.partition("@")[0] == "apbm"
-    axis.errorbar(
-        x,
-        line["accuracy"],
-        yerr=None if line["interval"].isna().all() else line["interval"].fillna(0),
-        color=colour(method),
-        capsize=3,
-        marker="h" if method == "dense" else marker(method),
-        ms=9 if emphasis else 6.5,
-        markerfacecolor="none" if hollow else colour(method),
-        lw=2.2 if emphasis else 1.2,
-        ls="-" if joined and len(line) > 1 else "none",
-        zorder=5 if marker(method) == "x" else 4 if emphasis else 3,  # a thin cross hides nothing, but is hidden
-        alpha=0.35 if faint else None,
-        label=None if hollow else f"{label(method)} (n={line['n'].min()})",
-    )
-
-
-def _dense_band(axis: Axes, part: pd.DataFrame, span: Callable, line: Callable) -> None:
-    """The dense network's accuracy and its interval, across the whole axis."""
-    dense = part[part["method"] == "dense"]
-    if dense.empty:
-        return
-    row = dense.iloc[0]
-    half = 0 if pd.isna(row["interval"]) else row["interval"]
-    span(row["accuracy"] - half, row["accuracy"] + half, color=colour("dense"), alpha=0.15, lw=0)
-    line(row["accuracy"], color=colour("dense"), lw=1.2, ls="--", label=f"dense (n={row['n']})")
-
-
-_NAMED_IN_A_TIE = 3  # more names than that make no title
-
-
-def _finding(part: pd.DataFrame) -> str:
-    """The one sentence that a row of curves supports, at the target most methods share."""
-    pruned = part[part["method"] != "dense"]
-    if pruned.empty:
-        return "the dense network alone"
-    target = pruned["target"].value_counts().idxmax()
-    there = pruned[pruned["target"] == target]
-    highest = there["accuracy"].max()
-    best = there[there["accuracy"] > highest - 0.1]  # less than the sentence shows is no lead
-    names = [label(method) for method in best.sort_values("accuracy", ascending=False)["method"]]
-    leader = f"{names[0]} leads" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} tie"
-    leader = leader if len(names) <= _NAMED_IN_A_TIE else f"{len(names)} methods tie"
-    sentence = f"at {target:.4g} % removed, {leader} with {highest:.1f} %"
-    apbm, scratch = (there[there["method"] == name]["accuracy"] for name in ("apbm", "scratch"))
-    if len(apbm) and len(scratch):
-        sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"
-    return sentence
-
-
-def _dataset(part: pd.DataFrame) -> str:
-    return label_dataset(part["dataset"].iloc[0])

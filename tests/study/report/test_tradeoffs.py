@@ -1,0 +1,71 @@
+"""The curves: a panel a network and data set, few colours, names that do not cover each other, bands that are right."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import pytest
+from fake_records import fake_record
+from matplotlib.text import Text
+from test_claims import LEVELS, grid
+
+from apbm_core.study.methods import label
+from apbm_core.study.report import curves
+from apbm_core.study.report.frames import points, runs_frame
+from apbm_core.study.report.tradeoffs import _spread
+
+TARGETS = (0.25, 0.4884, 0.7, 0.85)
+MANY = LEVELS | {"fpgm": 0.869, "random": 0.868, "dcff": 0.8995}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def grey(colour: str) -> bool:
+    return colour[1:3] == colour[3:5] == colour[5:7]
+
+
+@pytest.mark.parametrize("name", ["accuracy_curves", "accuracy_against_macs", "accuracy_against_time"])
+def test_a_panel_a_network_and_data_set_with_at_most_five_coloured_lines_all_named(name):
+    records = [r for dataset in ("cifar10", "cifar100") for r in grid(TARGETS, levels=MANY, dataset=dataset)]
+    figure = getattr(curves, name)(records)
+    beds = [axis.get_title(loc="left").split(":")[0] for axis in figure.axes]
+    assert beds == ["ResNet56, CIFAR-10", "ResNet56, CIFAR-100"]
+    for axis in figure.axes:
+        colours = {container.lines[0].get_color() for container in axis.containers}
+        assert len({colour for colour in colours if not grey(colour)}) == 4
+        figure.draw_without_rendering()
+        names = [text for text in axis.texts if text.get_text()]
+        assert {label(method) for method in MANY} == {text.get_text() for text in names}
+        boxes = [Text.get_window_extent(text) for text in names if text.get_text() != "dense"]  # without its leader
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_the_title_says_whom_apbm_is_above_and_below():
+    (axis,) = curves.accuracy_curves(grid(TARGETS)).axes
+    title = axis.get_title(loc="left").replace("\n", " ")
+    assert title == "ResNet56, CIFAR-10: over 4 targets APBM is above HRank, L1 and below Polarization"
+
+
+def test_bands_are_the_pooled_intervals():
+    records = grid(TARGETS)
+    (axis,) = curves.accuracy_curves(records).axes
+    apbm = points(runs_frame(records)).query("method == 'apbm'")
+    spans = [path.get_extents() for band in axis.collections for path in band.get_paths()]
+    low, high = (apbm["accuracy"] - apbm["interval"]).min(), (apbm["accuracy"] + apbm["interval"]).max()
+    assert any(span.y0 == pytest.approx(low) and span.y1 == pytest.approx(high) for span in spans)
+
+
+def test_names_are_spread_in_order_and_stay_inside_if_they_fit():
+    assert _spread([0, 1, 2, 50], 10, 0, 100) == [0, 10, 20, 50]
+    assert _spread([95, 96, 97], 10, 0, 100) == [80, 90, 100]
+    crowded = _spread([5.0] * 8, 10, 0, 40)
+    assert all(b - a >= 10 - 1e-9 for a, b in itertools.pairwise(crowded))
+
+
+def test_one_run_of_one_method_is_drawn():
+    for plot in (curves.accuracy_curves, curves.accuracy_against_macs, curves.accuracy_against_time):
+        (axis,) = plot([fake_record("apbm", 0.9)]).axes
+        assert axis.get_title(loc="left").startswith("ResNet20, CIFAR-10: ")
