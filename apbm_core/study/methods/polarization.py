@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from apbm_core.study.methods.target import (
     bisect_setting,
     count_remaining,
-    cut_to_target,
     fold_constants,
     followers,
+    keep_globally,
     parameter_target,
 )
 from apbm_core.study.methods.task import Course, Task
@@ -166,25 +166,13 @@ def cut_at_global_threshold(
 ) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Keep the filters with the largest scales over all layers so that ``target`` of the parameters goes.
 
-    Filters go one by one in the order of their scales, at least ``minimum`` stay in each layer, and the exact count
-    decides how many; see :func:`apbm_core.study.methods.target.cut_to_target` for ties and errors.
+    :func:`apbm_core.study.methods.target.keep_globally` of the scales.
 
     Returns:
         Layer -> kept filters, ascending; and facts for the record: ``gamma_threshold``, the largest scale removed, and
         ``emptied_layers``, those at their minimum.
     """
-    protected = {}
-    for name, gamma in scales.items():
-        protected[name] = gamma.detach().cpu().double()
-        protected[name][_largest(protected[name], minimum)] = torch.inf
-
-    def size(kept: dict[str, Tensor]) -> int:
-        return count_remaining(model, {name: int(mask.sum()) for name, mask in kept.items()})
-
-    everything = size({name: torch.ones_like(gamma) for name, gamma in protected.items()})
-    kept, threshold = cut_to_target(protected, size, everything, target)
-    keep = {name: mask.nonzero().flatten().tolist() for name, mask in kept.items()}
-    emptied = {n: len(kept) for n, kept in keep.items() if len(kept) == minimum < len(scales[n])}
+    keep, threshold, emptied = keep_globally(model, scales, target, minimum)
     return keep, {"gamma_threshold": threshold, "emptied_layers": emptied}
 
 

@@ -147,6 +147,37 @@ def cut_to_target(
     return keep(count), None if largest == -torch.inf else largest
 
 
+def keep_globally(
+    model: nn.Module, scores: Mapping[str, Tensor], target: float, minimum: int
+) -> tuple[dict[str, list[int]], float | None, dict[str, int]]:
+    """The best-scored filters of all layers together, so that ``target`` of the parameters goes.
+
+    Filters go one by one in the order of their scores, at least ``minimum`` stay in each layer, and the exact count
+    decides how many; see :func:`cut_to_target` for ties and errors.
+
+    Args:
+        model: the dense network.
+        scores: convolution -> (n,), comparable between layers; larger = keep.
+        target: share of the parameters to remove.
+        minimum: filters that a layer keeps, its best.
+
+    Returns:
+        Layer -> kept filters, ascending; the largest score that went; and the layers at their minimum, with it.
+    """
+    protected = {}
+    for name, values in scores.items():
+        protected[name] = values.detach().cpu().double()
+        protected[name][protected[name].argsort(descending=True, stable=True)[:minimum]] = torch.inf
+
+    def size(kept: dict[str, Tensor]) -> int:
+        return count_remaining(model, {name: int(mask.sum()) for name, mask in kept.items()})
+
+    everything = size({name: torch.ones_like(values) for name, values in protected.items()})
+    kept, threshold = cut_to_target(protected, size, everything, target)
+    keep = {name: mask.nonzero().flatten().tolist() for name, mask in kept.items()}
+    return keep, threshold, {n: len(kept) for n, kept in keep.items() if len(kept) == minimum < len(scores[n])}
+
+
 def bisect_setting(
     removed: Callable[[int, float], float], low: float, high: float, target: float, trials: int
 ) -> tuple[float, float]:
