@@ -140,6 +140,20 @@ _PASSING = (
         {"mass": "assigned"},
         {"passing": True},
     ),
+    *(
+        Variant(
+            f"passing-{name}",
+            "passing",
+            f"passing and fused in learned amounts: {label}",
+            {"mass": mass, "amount": "learned"},
+            {"passing": True},
+        )
+        for name, mass, label in (
+            ("gated", "all", "base's fusion"),
+            ("gated-assigned", "assigned", "unimportant filters divide themselves"),
+            ("gated-shuffled", "shuffled", "among kept ones at random"),
+        )
+    ),
 )
 
 _SIXTH = 1 / 6  # one epoch of the beds' six
@@ -253,6 +267,8 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("choosing by relative entropy, while passing", "passing-selected", "passing"),
     ("mixing the others in, while passing", "passing-fused", "passing-selected"),
     ("fusing what is unimportant, while passing", "passing-assigned", "passing-selected"),
+    ("mixing the others in, in learned amounts, while passing", "passing-gated", "passing-selected"),
+    ("fusing by resemblance, instead of at random", "passing-gated-assigned", "passing-gated-shuffled"),
     ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
     ("banks without weight decay", "bank-no-decay", "base"),
     ("dropping the banks once P is frozen", "collapse", "base"),

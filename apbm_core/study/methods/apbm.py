@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
@@ -85,6 +86,11 @@ class FusionHook(Hook):
     def after_epoch(self, context: Context) -> dict[str, Any]:
         """Means over the layers: how much a filter keeps of itself, how mixed the fused ones are, who came and went."""
         row = {name: self.report.mean(name) for name in ("temperature", "entropy", "self_mass", "own_share")}
+        amounts = [
+            fusion.amount for _, _, fusion in fused_layers(self.model) if getattr(fusion, "amount", None) is not None
+        ]
+        if amounts:
+            row["amount"] = torch.cat([amount.detach().abs().flatten() for amount in amounts]).mean().item()
         return {"fusion": row | {"churn": sum(self.churn), "progress": self.report.progress}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apbm_core import similarity
 from apbm_core.fusion import FilterFusion, FusionSettings, LayerFusion
+from apbm_core.study.options import added
 
 Metric = Literal["euclidean", "cosine"]
 
@@ -24,10 +25,16 @@ class VariantSettings(FusionSettings):
         "relative-entropy",
         description="which filters are important; 'entropy' and 'l1' are ablations, 'order' keeps the first m",
     )
-    mass: Literal["all", "unimportant", "assigned"] = Field(
+    mass: Literal["all", "unimportant", "assigned", "shuffled"] = Field(
         "all",
         description="what a kept filter mixes in: every filter; only the unimportant ones, its row renormalised;"
-        " or the unimportant ones, each of which divides its own mass among the kept ones it resembles",
+        " or the unimportant ones, each of which divides its own mass among the kept ones it resembles; or, a control,"
+        " among kept ones drawn at random, in equally large shares",
+    )
+    amount: Literal["whole", "learned"] = added(
+        "whole",
+        if_absent="whole",
+        description="'learned': own + g (fused - own), where every kept filter learns its g, from 0 on",
     )
     stable_slots: bool = Field(True, description="a filter that stays kept keeps its output channel")
     fuse: bool = Field(True, description="False: select the important filters without mixing anything in")
@@ -46,10 +53,10 @@ class VariantSettings(FusionSettings):
 class VariantFusion(FilterFusion):
     """A :class:`FilterFusion` with some of its steps done otherwise.
 
-    In the state dict, where they are learned: ``matrix``, P itself, and ``gain`` of shape (n,).
+    In the state dict, where they are learned: ``matrix``, P itself; ``gain`` of shape (n,); ``amount`` of shape (m,).
     """
 
-    no_weight_decay = ("matrix", "gain")
+    no_weight_decay = ("matrix", "gain", "amount")
     settings: VariantSettings
 
     def __init__(self, n: int, m: int, settings: VariantSettings):
@@ -60,6 +67,14 @@ class VariantFusion(FilterFusion):
             self.matrix = nn.Parameter(matrix)
             self.is_selection = False
         self.gain = nn.Parameter(torch.ones(n)) if settings.gain else None
+        self.amount = nn.Parameter(torch.zeros(m)) if settings.amount == "learned" else None
+
+    def forward(self, bank: Tensor) -> Tensor:
+        fused = super().forward(bank)
+        if self.amount is None or self.is_selection:
+            return fused
+        own = self.filters(bank).index_select(0, self.selected)
+        return own + self.amount.view(-1, 1, 1, 1) * (fused - own)
 
     @property
     def can_collapse(self) -> bool:
@@ -118,8 +133,11 @@ class VariantFusion(FilterFusion):
             return super().mixture(log_p)
         unimportant = torch.ones(n, dtype=torch.bool, device=log_p.device)
         unimportant[selected] = False
-        if mass == "assigned":
+        if mass in ("assigned", "shuffled"):
             shares = torch.softmax(log_p[unimportant][:, selected], dim=1)  # row: one filter among the kept
+            if mass == "shuffled":
+                draw = torch.rand(shares.shape, generator=torch.Generator().manual_seed(n))
+                shares = shares.gather(1, draw.argsort(1).to(shares.device))
             matrix = identity.clone()
             matrix[:, unimportant] = shares.T
         else:
