@@ -18,7 +18,7 @@ from apbm_core.surgery import slim
 LABEL = "global L1"
 SUMMARY = "filters of the smallest L1 norm over all layers go, so that the layers' widths are its own"
 SOURCE = "Blalock et al., What is the State of Neural Network Pruning?, MLSys 2020 (global magnitude)"
-PLACE, COLOUR, MARKER, DEFAULT = 75, "#4E79A7", ">", False
+PLACE, COLOUR, MARKER, DEFAULT = 67, "#4E79A7", ">", False
 CHOOSES_WIDTHS = True
 
 
