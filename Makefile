@@ -49,6 +49,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: setup ## Train and render into results/own: PROFILE=quick PARAMS="epochs=3 seeds=[0,1]" ONLY=02_train
+	@$(STUDY) calibrate $(OPTIONS)
 	@$(STUDY) run $(OPTIONS)
 
 report: setup ## Render the recorded runs again, without training: PROFILE=quick RESULTS=results/own

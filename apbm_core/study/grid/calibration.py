@@ -126,7 +126,7 @@ def read(folder: str | Path, device: torch.device | None = None) -> Calibration 
 def ensure(
     configs: Sequence[RunConfig],
     folder: str | Path,
-    split_of: Callable[[RunConfig], DataSplit],
+    split: DataSplit,
     device: torch.device,
     threads: int,
 ) -> Calibration | None:
@@ -135,7 +135,7 @@ def ensure(
     Args:
         configs: the runs.
         folder: ``results/<profile>``, where it is kept.
-        split_of: a run's images.
+        split: images of the kind and number that the runs train on.
         device, threads: as the runs have them.
 
     Returns:
@@ -149,7 +149,7 @@ def ensure(
     known = _read(path) if path.exists() else None
     wanted: dict[str, RunConfig] = {}
     for config in configs:
-        steps = -(-len(split_of(config).train) // config.recipe.batch_size)
+        steps = -(-len(split.train) // config.recipe.batch_size)
         if steps > STEPS and (known is None or kind(config) not in known.runs):
             wanted.setdefault(kind(config), config)
     if not wanted:
@@ -157,7 +157,7 @@ def ensure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        measured, facts = _measure(wanted, split_of, device)
+        measured, facts = _measure(wanted, split, device)
     finally:
         torch.set_num_threads(before)
     calibration = Calibration(
@@ -174,7 +174,7 @@ def ensure(
 
 
 def _measure(
-    wanted: Mapping[str, RunConfig], split_of: Callable[[RunConfig], DataSplit], device: torch.device
+    wanted: Mapping[str, RunConfig], split: DataSplit, device: torch.device
 ) -> tuple[dict[str, dict[str, list[Cost]]], dict[str, Any]]:
     """The costs of each kind of run, and the facts of the machine and its arithmetic."""
     measured: dict[str, dict[str, list[Cost]]] = {name: {} for name in wanted}
@@ -185,7 +185,7 @@ def _measure(
             for name, config in wanted.items():
                 bar.set_postfix_str(name)
                 with tempfile.TemporaryDirectory(prefix="calibration-") as work:
-                    task = _Timed.of(config, split_of(config), ResultsFolder(work), device, shared)
+                    task = _Timed.of(config, split, ResultsFolder(work), device, shared)
                     get_method(config.method).prune(task)
                 for phase, cost in task.costs.items():
                     measured[name].setdefault(phase, []).append(cost)

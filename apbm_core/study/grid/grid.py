@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from apbm_core.errors import ApbmError, DataError
 from apbm_core.study.data.datasets import DataSplit, ImageDataset, load_dataset
+from apbm_core.study.grid.calibration import Calibration, ensure, read
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.run import execute
 from apbm_core.study.grid.workers import plan_workers, run_side_by_side
@@ -104,6 +105,24 @@ class Study:
     def data(self) -> ImageDataset:
         """The data set itself."""
         return _load(self.dataset)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What the phases take, measured apart, where that was done for these results; else None."""
+        return read(self.results.path, self.device)
+
+    def calibrate(self) -> Calibration | None:
+        """Measure what the runs' phases take on this machine, as far as that is not known yet.
+
+        Nothing else should be running. None if the runs are too short for it.
+
+        Raises:
+            ApbmError: of whatever kind describes what went wrong.
+        """
+        _, threads = plan_workers(self.parameters.workers, len(self.configs()), self.device)
+        data, split, size = self.data(), self.parameters.split, self.parameters.train_subset
+        images = data.split(split, self.parameters.seeds[0], size, self.parameters.test_subset)
+        return ensure(self.configs(), self.results.path, images, self.device, threads)
 
     def example_split(self, images: int) -> DataSplit:
         """A part of the data, for an example in passing; the digits, if a report is made where the data are not."""

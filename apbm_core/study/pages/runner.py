@@ -1,6 +1,7 @@
 """Run the study's notebooks with a profile's parameters, and put records and rendered pages under results/.
 
     python -m apbm_core.study.pages run --profile quick epochs=3         train and render, into results/own/<profile>
+    python -m apbm_core.study.pages calibrate --profile quick            measure what the phases take, alone, in minutes
     python -m apbm_core.study.pages report --profile quick               render results/<profile> from its records alone
     python -m apbm_core.study.pages list                                 the profiles and the parameters
     python -m apbm_core.study.pages check                                are the notebooks' sources clean?
@@ -36,7 +37,7 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import grid as study_module
 from apbm_core.study.grid import parameters
-from apbm_core.study.grid.profiles import load_profile, profile_names
+from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
 from apbm_core.study.pages import render
 from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
@@ -232,6 +233,21 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def _calibrate(study: Study) -> None:
+    """Measure the phases of this profile's runs, if a notebook is asked for that shows their times."""
+    if not any(source.name.startswith(("02", "03", "04")) for source in study.notebooks):
+        return
+    start = time.perf_counter()
+    wanted = lay_over(load_profile(study.root, study.profile), study.changes).parameters
+    with exclusive(study.folder):
+        found = study_module.Study(wanted, study.folder, records_only=False).calibrate()
+    seconds = time.perf_counter() - start
+    if found is None:
+        print("These runs are too short to be calibrated; their tables show the seconds that they took.")
+    else:
+        print(f"Calibrated on {found.machine}: {len(found.runs)} kinds of run known, {seconds:.0f} s.", flush=True)
+
+
 def _list(root: Path) -> None:
     print("Profiles (--profile):")
     for name in profile_names(root):
@@ -254,10 +270,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the program when they make no sense."""
     parser = argparse.ArgumentParser(prog="python -m apbm_core.study.pages", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("run", "train what is not recorded yet, and render"), ("report", "render without training")):
+    known = {
+        "run": "train what is not recorded yet, and render",
+        "report": "render without training",
+        "calibrate": "measure the seconds of every phase on this machine, with nothing else running",
+    }
+    for name, text in known.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--profile", default="quick", help="a file in notebooks/profiles (default: %(default)s)")
-        folder = OWN if name == "run" else PUBLISHED
+        folder = PUBLISHED if name == "report" else OWN
         command.add_argument("--results", default=folder, help="folder for the results (default: %(default)s)")
         command.add_argument("--only", metavar="NOTEBOOK", action="append", default=[], help="may be given repeatedly")
         command.add_argument("-p", dest="assignments", metavar="NAME=VALUE", action="append", default=[])
@@ -281,6 +302,9 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
             return 0
         assignments = [*options.assignments, *options.more]
         study = prepare(root, options.profile, options.results, assignments, options.only)
+        if options.command == "calibrate":
+            _calibrate(study)
+            return 0
         print(f"Open {displayed(reproduce(study, options.command == 'report'), root)}")
         return 0
     except ApbmError as error:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from apbm_core.study.methods import label, ordered
-from apbm_core.study.report.frames import label_dataset, label_model, noises
+from apbm_core.study.report.frames import noises
 from apbm_core.study.report.statistics import (
     ABOVE,
     BELOW,
@@ -144,12 +144,10 @@ def cell_style(cell: str) -> str:
     return f"background-color: {found[0]}" if found else ""
 
 
-def power_notes(frame: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+def power_notes(frame: pd.DataFrame, table: pd.DataFrame) -> list[tuple[tuple[str, str, float], str]]:
     """For each network, data set and target of :func:`against_rivals`' rows: what difference the design can see."""
     known: dict[tuple, Noise] = noises(frame)
-    notes = []
-    for key, rows in table[table["schedule"] == "equal"].groupby(_BED, sort=False):
-        model, dataset, target = key
-        where = f"{label_model(model)}, {label_dataset(dataset)}, {target:.4g} % removed"
-        notes.append(f"{where}. {design_sees(known[key], int(rows['n'].max()), len(rows))}")
-    return notes
+    equal = table[table["schedule"] == "equal"]
+    return [
+        (key, design_sees(known[key], int(rows["n"].max()), len(rows))) for key, rows in equal.groupby(_BED, sort=False)
+    ]

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.methods import label
 from apbm_core.study.records import RunConfig, RunRecord
 from apbm_core.study.report.claims import claims_frame
-from apbm_core.study.report.frames import label_model, phase_columns, phase_frame, points, runs_frame
-from apbm_core.study.report.rivals import against_rivals
+from apbm_core.study.report.frames import label_dataset, label_model, phase_columns, phase_frame, points, runs_frame
+from apbm_core.study.report.rivals import against_rivals, cell_style, matrix, over_targets, power_notes
 
 FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
@@ -25,6 +26,7 @@ FORMATS = {
     "same class": "{:.2f}", "ms for 1": "{:.2f}", "p95 for 1": "{:.2f}", "ms for 64": "{:.1f}",
     "accuracy there": "{:.2f}", "accuracy here": "{:.2f}", "training seconds there": "{:.0f}",
     "training seconds here": "{:.0f}", "interval of difference": "± {:.2f}",
+    "p": "{:.4f}", "p (Holm)": "{:.3f}",
 }  # fmt: skip
 """How many digits of a column are shown; seconds of a phase, ``... (s)``, are shown whole."""
 _PERCENT = {"target", "same class", "accuracy", "accuracy there", "accuracy here", "parameters removed", "MACs removed"}
@@ -36,24 +38,28 @@ def styled(table: pd.DataFrame, name: str, caption: str = "") -> Styler:
     formats |= {column: "{:.0f}" for column in table if column.endswith(" (s)")}
     heads = [f"{column} (%)" if column in _PERCENT else column for column in table.columns]
     styler = table.style.format(formats, na_rep="").hide(axis="index").relabel_index(heads, axis="columns")
+    if "rival" in table and set(table.columns) - {"rival"} and table.columns[0] == "rival":  # a matrix: see matrices
+        styler = styler.map(cell_style, subset=list(table.columns[1:]))
     return (styler.set_caption(caption) if caption else styler).set_uuid(name)
 
 
-def summary(records: Sequence[RunRecord]) -> pd.DataFrame:
+def summary(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """One row for each network, method and target: means over the seeds."""
     columns = ["model", "method", "target", "schedule", "epochs", "accuracy", "interval", "n", "parameters", "MACs",
                "parameters removed", "training seconds"]  # fmt: skip
-    return _labelled(points(runs_frame(records))[columns])
+    return _labelled(points(runs_frame(records, calibration))[columns])
 
 
-def targets(records: Sequence[RunRecord], by: str = "params") -> dict[str, tuple[pd.DataFrame, str]]:
+def targets(
+    records: Sequence[RunRecord], by: str = "params", calibration: Calibration | None = None
+) -> dict[str, tuple[pd.DataFrame, str]]:
     """For each network and target all methods and dense, the best accuracy first, with the time by phase; by the
     table's name (``targets_vgg16_92.74``), each with its caption.
 
     A column *timed alike* is there only if some runs were timed under other conditions than most.
     """
-    phases = phase_columns(records)
-    table = points(runs_frame(records)).join(phases, on=phases.index.names)
+    phases = phase_columns(records, calibration)
+    table = points(runs_frame(records, calibration)).join(phases, on=phases.index.names)
     columns = ["method", "schedule", "epochs", "accuracy", "interval", "n", "drop", "parameters", "MACs",
                "parameters removed", "MACs removed", "training seconds"]  # fmt: skip
     found = {}
@@ -68,14 +74,34 @@ def targets(records: Sequence[RunRecord], by: str = "params") -> dict[str, tuple
     return found
 
 
-def rivals(records: Sequence[RunRecord]) -> pd.DataFrame:
+def rivals(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """APBM's accuracy minus each rival's, with interval and verdict."""
-    return _labelled(against_rivals(runs_frame(records)))
+    return _labelled(against_rivals(runs_frame(records, calibration)))
 
 
-def phases(records: Sequence[RunRecord]) -> pd.DataFrame:
+def matrices(
+    records: Sequence[RunRecord], calibration: Calibration | None = None
+) -> dict[str, tuple[pd.DataFrame, str]]:
+    """APBM against each rival at each target, a row a rival: difference, interval, verdict, time ratio; by the table's
+    name (``rivals_vgg16_92.74``), each with a caption that says what difference the design can see."""
+    frame = runs_frame(records, calibration)
+    table, found = against_rivals(frame), {}
+    notes = dict(power_notes(frame, table))
+    for (model, dataset, target), rows in table.groupby(["model", "dataset", "target"], sort=False):
+        place = f"{label_model(model)}, {label_dataset(dataset)}, {target:.4g} % removed"
+        caption = f"{place}. {notes.get((model, dataset, target), '')}".strip()
+        found[f"rivals_{model}_{dataset}_{target:.4g}"] = (matrix(rows), caption)
+    return found
+
+
+def over_all_targets(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """APBM's accuracy minus each rival's, the mean over all targets that both have."""
+    return _labelled(over_targets(runs_frame(records)))
+
+
+def phases(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """Epochs, seconds and images per second of each phase, averaged over the seeds."""
-    table = phase_frame(records)
+    table = phase_frame(records, calibration)
     if len(table):
         keys = ["model", "method", "target", "schedule", "phase", "shared"]
         table = table.groupby(keys, sort=False)[["epochs", "seconds", "images/s"]].mean().reset_index()
@@ -92,9 +118,9 @@ def notes(records: Sequence[RunRecord]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "note", "value"])
 
 
-def claims(records: Sequence[RunRecord]) -> pd.DataFrame:
+def claims(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """The abstract's claims, what was measured, and the verdicts."""
-    return _labelled(claims_frame(records))
+    return _labelled(claims_frame(records, calibration))
 
 
 def deployment(rows: Sequence[dict]) -> pd.DataFrame:
@@ -120,24 +146,33 @@ def provenance(records: Sequence[RunRecord]) -> pd.DataFrame:
     )
 
 
-def timing_conditions(records: Sequence[RunRecord]) -> list[str]:
-    """Sentences: under which conditions the runs were timed, which of them under others, and which were disturbed.
+def timing_conditions(records: Sequence[RunRecord], calibration: Calibration | None = None) -> list[str]:
+    """Sentences: which seconds are shown. A calibration's, where it covers a run; else the run's own, under which
+    conditions they were measured, which of them under others, and which were disturbed.
 
     A load average that is more than one above what these runs make themselves means that something else was running as
     well.
     """
     conditions: dict[str, list[str]] = {}
-    disturbed = []
+    disturbed, said, everything = [], [], len(records)
+    covered = [record for record in records if calibration is not None and calibration.covers(record)]
+    if covered:
+        spread = 100 * max(calibration.spread(record) for record in covered)
+        said.append(
+            f"Seconds of {len(covered)} of {everything} runs are calibrated: measured apart, alone, on "
+            f"{calibration.machine} ({calibration.made[:10]}), times the epochs; its rounds spread by sd {spread:.1f} "
+            "% at most."
+        )
+        records = [record for record in records if record not in covered]
     for record in records:
         facts = record.environment
         conditions.setdefault(record.timed_on, []).append(record.id)
         if facts.get("load") is not None and facts["load"] > 1 + facts["threads"] * facts["side_by_side"]:
             disturbed.append(f"{record.id} (load {facts['load']})")
     several = sorted(conditions.items(), key=lambda item: -len(item[1]))
-    said = []
     for place, (words, runs) in enumerate(several):
         named = f": {', '.join(runs)}; compare no seconds with the others'" if place else ""
-        said.append(f"{len(runs)} of {len(records)} runs on {words}{named}.")
+        said.append(f"{len(runs)} of {everything} runs on {words}{named}.")
     if disturbed:
         ids = ", ".join(disturbed)
         said.append(f"Something else was running when these ended, so their seconds are too many: {ids}.")

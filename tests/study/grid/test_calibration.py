@@ -11,6 +11,7 @@ from apbm_core.study.data.datasets import load_dataset
 from apbm_core.study.grid import calibration as module
 from apbm_core.study.grid.calibration import Cost, ensure, fit, kind, read
 from apbm_core.study.grid.parameters import StudyParameters
+from apbm_core.study.pages.runner import main
 from apbm_core.study.report.claims import claims_frame
 from apbm_core.study.report.frames import phase_frame, runs_frame
 
@@ -54,15 +55,13 @@ def calibrated(tmp_path_factory):
     )
     configs = parameters.run_configs("digits")
 
-    def split_of(config):
-        return load_dataset("digits").split(config.split, config.seed, config.train_subset, config.test_subset)
-
+    split = load_dataset("digits").split("final", 0, 64, 60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STEPS", 3)
         patch.setattr(module, "ROUNDS", 2)
-        found = ensure(configs, folder, split_of, CPU, threads=1)
+        found = ensure(configs, folder, split, CPU, threads=1)
         patch.setattr(module, "_measure", lambda *_: pytest.fail("it was measured again"))
-        again = ensure(configs, folder, split_of, CPU, threads=1)
+        again = ensure(configs, folder, split, CPU, threads=1)
     assert again == found
     return folder, configs, found
 
@@ -88,7 +87,7 @@ def test_every_phase_of_every_method_is_measured_in_each_round(calibrated):
 def test_runs_as_short_as_a_calibration_are_not_calibrated(calibrated, tmp_path):
     _, configs, _ = calibrated
     digits = load_dataset("digits").split("final", 0, 64, 60)
-    assert ensure(configs, tmp_path, lambda config: digits, CPU, 1) is None  # 4 steps an epoch, fewer than STEPS
+    assert ensure(configs, tmp_path, digits, CPU, 1) is None  # 4 steps an epoch, fewer than STEPS
     assert not list(tmp_path.iterdir())
 
 
@@ -131,3 +130,10 @@ def test_a_damaged_calibration_is_refused(calibrated, tmp_path):
     with pytest.raises(RecordError, match="was changed after it was written.*Delete it, and the machine is calibrated"):
         read(tmp_path, CPU)
     assert read(tmp_path / "nowhere") is None
+
+
+def test_the_command_line_leaves_short_runs_alone(tmp_path, capsys):
+    assert main(["calibrate", "--profile", "smoke", "--results", str(tmp_path)]) == 0
+    assert "too short to be calibrated" in capsys.readouterr().out
+    assert main(["calibrate", "--profile", "quick", "--results", str(tmp_path), "--only", "01_method"]) == 0
+    assert capsys.readouterr().out == ""  # a page that shows no times

@@ -104,7 +104,7 @@ def test_the_matrix_names_each_rival_and_says_verdict_and_time():
     assert cells["HRank"].endswith("above, 0.93 x time") and cells["Polarization"].split()[3].startswith("below")
     assert "inconclusive" in cells["SWP"] and cell_style(cells["SWP"]) == ""
     assert cell_style(cells["HRank"]) != cell_style(cells["Polarization"]) != ""
-    (note,) = power_notes(frame, table)
-    assert note.startswith("ResNet56, CIFAR-10, 48.84 % removed. Runs of one method spread by sd 0.")
+    ((bed, note),) = power_notes(frame, table)
+    assert bed == ("resnet56", "cifar10", 48.84) and note.startswith("Runs of one method spread by sd 0.")
     one = runs_frame(grid(seeds=1))
     assert "(n = 1)" in matrix(against_rivals(one)).iloc[0, 1]
