@@ -27,6 +27,7 @@ USED_OTHERWISE = {
     "ipywidgets": "draws tqdm's bars and the sliders of explore.ipynb",
     "jupyterlab": "make lab",
     "onnx": "torch.onnx",
+    "playwright": "the tests in a browser, which are skipped without one",
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "setuptools": "builds the wheel without a network",

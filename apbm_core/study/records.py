@@ -20,6 +20,8 @@ PUBLISHED = "results"
 """The folder of the records that are committed, relative to the repository."""
 OWN = "results/own"
 """Where a reproduction writes unless told otherwise: git ignores it."""
+TRAINED = "trained"
+"""The one folder of results whose networks are kept under version control, for 06, explore and the front page."""
 
 
 class RunConfig(BaseModel):

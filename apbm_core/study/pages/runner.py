@@ -38,7 +38,8 @@ from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import grid as study_module
 from apbm_core.study.grid import parameters
 from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
-from apbm_core.study.pages import render
+from apbm_core.study.pages import front, html_page, render
+from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
 from apbm_core.study.report.frames import beside_published
@@ -88,12 +89,13 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
                 raise StudyInterrupted(_how_to_go_on(study, source, finished)) from None
             finally:
                 shutil.rmtree(study.folder / ".executing", ignore_errors=True)
-                index = render.write_index(study.folder, study.profile, study.description)
+                index = index_pages.write_index(study.folder, study.profile, study.description)
             finished.append(source.name)
             print(f"{source.name:<14}{seconds:8.1f} s", flush=True)
-        if _set_beside_published(study):
-            index = render.write_index(study.folder, study.profile, study.description)
-    render.write_overview(study.results)
+        _set_beside_published(study)
+        index_pages.write_notebook_pages(study.folder)  # anew, now that each knows the others
+        index = index_pages.write_index(study.folder, study.profile, study.description)
+    front.write(study.results)
     return index
 
 
@@ -156,7 +158,7 @@ def _run(study: Study, source: Source, warned: set[str]) -> float:
         raise ApbmError(f"cannot write {aside}: {error.strerror or error}. What was there is unchanged.") from error
 
     notebook = _read_clean(aside, source, study.root)
-    page = render.to_html(notebook, source.name, study.folder)  # before anything is replaced: it may fail as well
+    page = html_page.notebook_page(notebook, source.name, index_pages.neighbours(study.folder))  # it may fail as well
     write_atomically(study.folder / source.path.name, render.to_text(notebook))
     write_atomically(study.folder / f"{source.name}.html", page)
     for line in render.warnings_in(notebook):

@@ -17,10 +17,11 @@ from apbm_core import export
 from apbm_core.counting import count_parameters
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.export import FORMATS, Call, why_no_onnx, write_exported, write_onnx
+from apbm_core.files import sha256
 from apbm_core.study.methods import label
 from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.study.networks.storage import load_compact, save_compact
-from apbm_core.study.records import ResultsFolder, RunRecord
+from apbm_core.study.records import TRAINED, ResultsFolder, RunRecord
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ def verdict(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "ap
 def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Module, int, bool]:
     """The network of a run as (model in evaluation mode, number of classes, whether it holds the trained weights).
 
-    Networks are not kept under version control. Where the file is missing, a network of the recorded widths with
-    random weights stands for it: of the same size and speed, and good for nothing else.
+    Networks are not kept under version control, but for those in ``results/trained``. Where the file is in neither
+    place, a network of the recorded widths with random weights stands for it: of the same size and speed, and good for
+    nothing else.
 
     Raises:
         CheckpointError: the file is there and damaged.
@@ -192,6 +194,9 @@ def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Modu
     classes = record.num_classes or _published_classes(record)
     if path.exists():
         return load_compact(path), classes, True
+    kept = results.path.parent / TRAINED / "networks" / path.name
+    if kept.is_file() and sha256(kept.read_bytes()) == record.network_sha256:
+        return load_compact(kept), classes, True
     name = record.config.model
     model = build_model(name, classes, [record.widths[conv] for conv in prunable_convs(name)]).eval()
     if count_parameters(model) != record.parameters:

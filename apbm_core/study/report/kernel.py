@@ -1,13 +1,17 @@
 """What a notebook's kernel is asked for: errors in a few lines, and the parameters that papermill injected."""
 
 import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from IPython.core.getipython import get_ipython
+from tqdm.auto import tqdm
 
 from apbm_core.errors import ApbmError
 from apbm_core.study.grid.profiles import PLACE
+from apbm_core.study.training.hooks import Context
 
 MOST_LINES = 5
 _INJECTED = "# Parameters\n"  # how the cell begins that papermill inserts
@@ -36,6 +40,13 @@ def brief(error: BaseException) -> list[str]:
     lines = str(error).splitlines() or [type(error).__name__]
     kept = lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], f"... {len(lines) - MOST_LINES + 1} more"]
     return [f"{type(error).__name__}: {kept[0]}", *kept[1:]]
+
+
+@contextmanager
+def epochs_bar(epochs: int, words: str) -> Iterator[Callable[[Context], None]]:
+    """A bar that counts the epochs of one training, with the time left; what it yields is ``train``'s ``progress``."""
+    with tqdm(total=epochs, unit="epoch", desc=words, leave=False) as bar:
+        yield lambda context: bar.update(round(epochs * context.progress, 3) - bar.n)
 
 
 def injected_by_papermill() -> dict[str, Any]:

@@ -7,9 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from apbm_core.compress import parse_keep
 from apbm_core.fusion import FusionSettings
-from apbm_core.similarity import entropy, relative_entropy
+from apbm_core.similarity import entropy
 from apbm_core.temperature import Schedule
 
 _KEPT, _OTHER = "#D55E00", "#999999"
@@ -134,33 +133,3 @@ def _at(schedule: Schedule, weight: Tensor, progress: float) -> tuple[float, flo
     log_p, _ = fusion.log_similarity(weight, progress)
     norm = fusion(weight).flatten(1).norm(dim=1).mean() / weight[selected].flatten(1).norm(dim=1).mean()
     return log_p.diagonal().exp().mean().item(), entropy(log_p).mean().item(), norm.item()
-
-
-def layer_overview(weight: Tensor, keep: float, settings: FusionSettings) -> Figure:
-    """One layer at one setting: distributions, importances with the kept filters, and the fusion matrix.
-
-    Args:
-        weight: the layer's filters, shape (n, c_in, k, k).
-        keep: share of the filters to keep, in (0, 1].
-        settings: how to score and fuse.
-    """
-    n = len(weight)
-    fusion = settings.fusion(n, parse_keep(float(keep), n, "shown"))
-    kept = fusion.choose(weight, 0.0)
-    report = fusion.rescore(weight, 0.0, reselect=False)
-    log_p, _ = fusion.log_similarity(weight, 0.0)
-    importance_ = relative_entropy(log_p)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
-    left.imshow(log_p.exp().numpy(), cmap="magma", vmin=0, vmax=1)
-    left.set_title(f"Distributions: {100 * report.self_mass:.0f} % self-mass, entropy {report.entropy:.2f}", loc="left")
-    colours = [_KEPT if i in set(kept.tolist()) else _OTHER for i in range(n)]
-    middle.bar(range(n), importance_.numpy(), color=colours, width=1.0)
-    middle.set_title(f"Relative entropy (nats): {len(kept)} of {n} filters stay", loc="left")
-    right.imshow(fusion.matrix.numpy(), cmap="magma", aspect="auto")
-    right.set_title(f"P: a kept filter is {100 * report.own_share:.0f} % of its fused one", loc="left")
-    for axis, x, y in ((left, "filter j", "filter i"), (middle, "filter", ""), (right, "filter of the bank", "slot")):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-    left.grid(False)
-    right.grid(False)
-    return figure

@@ -22,7 +22,16 @@ from apbm_core.errors import ConfigError
 from apbm_core.files import write_atomically
 from apbm_core.study.grid.grid import RECORDS_ONLY, Study
 from apbm_core.study.grid.parameters import StudyParameters
-from apbm_core.study.grid.profiles import FOLDER, Effective, choices, lay_over, load_profile, repository
+from apbm_core.study.grid.profiles import (
+    DEFAULT,
+    FOLDER,
+    GIVEN,
+    Effective,
+    choices,
+    lay_over,
+    load_profile,
+    repository,
+)
 from apbm_core.study.grid.run import environment
 from apbm_core.study.records import OWN, PUBLISHED, RunConfig, RunRecord
 from apbm_core.study.report import frames, kernel, style, tables
@@ -121,8 +130,6 @@ class Page:
         and which runs lack a record."""
         if self.study.banner:
             display(HTML(f'<p class="banner" style="color:#B00020;font-weight:bold">{self.study.banner}</p>'))
-        if self.effective is not None:
-            display(_Parameters(self.effective))
         facts = environment(self.study.device)
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [
@@ -130,9 +137,9 @@ class Page:
             f"{facts['device']}, {facts['threads']} threads; source {facts['commit'][:12]}",
             self.study.source,
         ]
+        display(_Opening(self.effective, list(filter(None, lines))))
         if self.study.missing:
-            lines.append(f"not recorded yet: {', '.join(config.id for config in self.study.missing)}")
-        print("\n".join(filter(None, lines)))
+            print(f"not recorded yet: {', '.join(config.id for config in self.study.missing)}")
 
     def table(self, table: pd.DataFrame, name: str = "", caption: str = "") -> None:
         """Show a table, and store it as ``tables/<number>_<name>.csv`` if it has a name."""
@@ -147,7 +154,7 @@ class Page:
         """Store a figure as ``figures/<number>_<name>.png``, show that file with its titles as the alternative text,
         and close it."""
         alternative = _titles(figure)
-        style.save(figure, self._stem(name), self.folder, self.study.banner)
+        style.save(figure, self._stem(name), self.folder, self.study.banner, alternative)
         plt.close(figure)
         picture = (self.folder / "figures" / f"{self._stem(name)}.png").read_bytes()
         display(Image(data=picture, format="png", alt=alternative))
@@ -170,27 +177,31 @@ class Page:
         return f"{self.name[:2]}_{name}"
 
 
-class _Parameters:
-    """The effective parameters as a table that is folded away, headed by what was changed; as text, the changes."""
+class _Opening:
+    """The effective parameters, with the machine's facts, folded away under a line that says what was changed."""
 
-    def __init__(self, effective: Effective):
-        values = effective.parameters.model_dump(mode="json")
-        self.rows = [(name, values[name], origin) for name, origin in effective.origins.items()]
-        order = {"given here": 0, "default": 2}
+    def __init__(self, effective: Effective | None, facts: Sequence[str]):
+        self.facts, self.rows = facts, []
+        if effective is not None:
+            values = effective.parameters.model_dump(mode="json")
+            self.rows = [(name, values[name], origin) for name, origin in effective.origins.items()]
+        order = {GIVEN: 0, DEFAULT: 2}
         self.rows.sort(key=lambda row: order.get(row[2], 1))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name} = {value!r}  ({origin})" for name, value, origin in self.rows if origin != "default")
+        said = [f"{name} = {value!r}  ({origin})" for name, value, origin in self.rows if origin != DEFAULT]
+        return "\n".join([*said, *self.facts])
 
     def _repr_html_(self) -> str:
-        given = [f"{name} = {value!r}" for name, value, origin in self.rows if origin == "given here"]
-        head = f"given here: {', '.join(given)}" if given else "all as the profile says, or by default"
+        given = [f"{name} = {value!r}" for name, value, origin in self.rows if origin == GIVEN]
+        head = f"{GIVEN}: {', '.join(given)}" if given else "all as the profile says, or by default"
         rows = "".join(
             f"<tr><td>{name}</td><td><code>{html.escape(repr(value))}</code></td><td>{html.escape(origin)}</td></tr>"
             for name, value, origin in self.rows
         )
+        facts = "".join(f"<p>{html.escape(fact)}</p>" for fact in self.facts)
         return (
-            f'<details class="parameters"><summary>{len(self.rows)} parameters; {html.escape(head)}</summary>'
+            f'<details class="parameters"><summary>{len(self.rows)} parameters; {html.escape(head)}</summary>{facts}'
             f"<table><thead><tr><th>parameter</th><th>value</th><th>from</th></tr></thead><tbody>{rows}</tbody></table>"
             "</details>"
         )

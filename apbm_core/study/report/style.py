@@ -58,13 +58,17 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def save(figure: Figure, name: str, folder: str | Path, banner: str = "") -> Figure:
-    """Write ``folder/figures/<name>.png``, with the banner across the top if there is one; return the figure."""
+def save(figure: Figure, name: str, folder: str | Path, banner: str = "", title: str = "") -> Figure:
+    """Write ``folder/figures/<name>.png``, with the banner across the top if there is one; return the figure.
+
+    The file carries ``title``, what the figure says, for whoever lists it or cannot see it.
+    """
     if banner:
         figure.suptitle(banner, color="#B00020", fontweight="bold")
     path = Path(folder) / "figures" / f"{name}.png"
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})  # without a version: equal figures, equal files
+    facts = {"Software": None, "Title": title or None}  # without a version: equal figures, equal files
+    figure.savefig(picture, format="png", metadata=facts)
     write_atomically(path, picture.getvalue())
     return figure
 

@@ -7,6 +7,7 @@ that the columns' names are known by; how many digits are shown is said in :data
 from collections.abc import Sequence
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from pandas.io.formats.style import Styler
 
 from apbm_core.study.grid.calibration import Calibration
@@ -38,6 +39,8 @@ def styled(table: pd.DataFrame, name: str, caption: str = "") -> Styler:
     formats |= {column: "{:.0f}" for column in table if column.endswith(" (s)")}
     heads = [f"{column} (%)" if column in _PERCENT else column for column in table.columns]
     styler = table.style.format(formats, na_rep="").hide(axis="index").relabel_index(heads, axis="columns")
+    numbers = {column: "n" if is_numeric_dtype(table[column]) else "" for column in table}
+    styler = styler.set_td_classes(pd.DataFrame(numbers, index=table.index, columns=table.columns))
     if "rival" in table and set(table.columns) - {"rival"} and table.columns[0] == "rival":  # a matrix: see matrices
         styler = styler.map(cell_style, subset=list(table.columns[1:]))
     return (styler.set_caption(caption) if caption else styler).set_uuid(name)

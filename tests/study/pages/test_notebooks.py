@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.study.grid import parameters, profiles
-from apbm_core.study.pages import render, runner, sources
+from apbm_core.study.pages import index, runner, sources
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = 'profile = "quick"\nresults = "results"\nchanges = {}\n'
@@ -411,7 +411,7 @@ def test_the_index_shows_tables_and_escapes_nothing_away(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/final_results.md").write_text("| method | accuracy |\n|---|---|\n| apbm | 0.9 |\n")
     (tmp_path / "tables/final_results.csv").write_text("method,accuracy\napbm,0.9\n")
-    page = render.write_index(tmp_path, "tiny", "All < of it.").read_text()
+    page = index.write_index(tmp_path, "tiny", "All < of it.").read_text()
     assert "<td>apbm</td>" in page and 'href="tables/final_results.csv"' in page and "All &lt; of it." in page
 
 
@@ -437,7 +437,7 @@ def test_the_index_says_which_runs_it_is_made_of(tmp_path, monkeypatch):
         environment = {"device": "a CPU", "commit": "0123456789" * 4 + "+changes"}
         return SimpleNamespace(finished=f"{path.read_text()}T10:00:00+00:00", environment=environment)
 
-    monkeypatch.setattr(render, "read_record", read_record)
-    text = render.write_index(tmp_path, "tiny", "").with_name("README.md").read_text()
+    monkeypatch.setattr(index, "read_record", read_record)
+    text = index.write_index(tmp_path, "tiny", "").with_name("README.md").read_text()
     facts = "2 recorded runs, finished 2026-03-01 to 2026-03-04, on a CPU, from commit 0123456789+changes."
     assert f"Made from {facts}" in text

@@ -1,5 +1,6 @@
 """Deployment: every format gives the same answers for every batch size, and measuring measures what it says."""
 
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,26 @@ def test_a_recorded_network_is_read_or_stands_in_with_its_shapes(name, classes, 
     stored, found, trained = deployment.recorded_network(results, record)
     assert (found, trained) == (classes, True)
     assert all(torch.equal(value, stored.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_network_that_is_kept_stands_in_for_the_same_network_only(tmp_path):
+    """Equal configurations give other weights on other processors: the file must be the record's own."""
+    model = build_model("resnet20").eval()
+    kept = save_compact(tmp_path / "trained" / "networks" / "some-run.safetensors", model, "resnet20", 10)
+    record = SimpleNamespace(
+        config=SimpleNamespace(model="resnet20", dataset="digits"),
+        widths=widths_of(model),
+        parameters=count_parameters(model),
+        num_classes=10,
+        id="some-run",
+        network="some-run.safetensors",
+        network_sha256=hashlib.sha256(kept.read_bytes()).hexdigest(),
+    )
+    results = ResultsFolder(tmp_path / "quick")
+    found, _, trained = deployment.recorded_network(results, record)
+    assert trained and torch.equal(next(found.parameters()), next(model.parameters()))
+    record.network_sha256 = "another"
+    assert not deployment.recorded_network(results, record)[2]
 
 
 def test_stripes_cannot_be_told_from_widths(tmp_path):

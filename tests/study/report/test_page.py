@@ -61,7 +61,7 @@ def test_a_page_that_heeds_few_parameters_refuses_the_others(here):
 
 def test_every_parameter_is_shown_with_its_origin(here, capsys):
     opened = page.open_page("02_train", "tiny", "results/own", {"seeds": [4]})
-    shown = page._Parameters(opened.effective)._repr_html_()
+    shown = page._Opening(opened.effective, [])._repr_html_()
     assert "<summary>" in shown and "given here: seeds = [4]" in shown
     cells = [[cell.text or cell[0].text for cell in row] for row in ElementTree.fromstring(shown).find("table/tbody")]
     row = {name: origin for name, _, origin in cells}

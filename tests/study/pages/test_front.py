@@ -1,0 +1,110 @@
+"""The front page: every number in it is a record's, and it needs nothing but itself."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from apbm_core import similarity
+from apbm_core.errors import ConfigError
+from apbm_core.study.grid.grid import Study
+from apbm_core.study.grid.run import execute
+from apbm_core.study.networks.models import build_model
+from apbm_core.study.pages import explorer, findings, front
+from apbm_core.study.records import read_record
+
+RESULTS = Path(__file__).parents[3] / "results"
+PATHS = sorted(path for path in RESULTS.glob("*/runs/*.json") if path.parts[-3] != "own")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return front.page(RESULTS)
+
+
+def embedded(said: str) -> list[dict]:
+    data = json.loads(re.search(r'<script type="application/json" id="runs">(.*?)</script>', said, re.DOTALL)[1])
+    return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+
+
+def test_every_record_is_a_row_with_the_records_numbers(said):
+    rows = {row["record"]: row for row in embedded(said)}
+    assert set(rows) == {path.relative_to(RESULTS).as_posix() for path in PATHS}
+    for path in PATHS:
+        record, row = read_record(path), rows[path.relative_to(RESULTS).as_posix()]
+        accuracy = record.val_accuracy if record.test_accuracy is None else record.test_accuracy
+        assert row["accuracy"] == pytest.approx(100 * accuracy, abs=6e-4)
+        assert row["minutes"] == pytest.approx(record.seconds / 60, abs=6e-4)
+        assert row["removed"] == pytest.approx(100 * record.parameters_removed, abs=6e-4)
+        assert row["macs"] == pytest.approx(100 * record.macs_removed, abs=6e-4)
+        assert (row["machine"], row["seed"], row["id"]) == (record.timed_on, record.config.seed, record.id)
+        assert len(row["course"]["train_accuracy"]) == len(record.history)
+
+
+def test_it_asks_nothing_of_a_network(said):
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)(?:https?:|//)""", said)
+    assert (
+        "@import" not in said and "import(" not in said and "fetch(" not in said and "$" not in said.split("<script")[0]
+    )
+    assert len(said) < 250_000
+    for name in re.findall(r'href="#([^"]+)"', said):
+        assert f'id="{name}"' in said
+
+
+def test_the_findings_are_readable_without_scripts_and_are_the_records(said):
+    before_scripts = re.sub(r"<script.*?</script>", "", said, flags=re.DOTALL)
+    by_id = {path.stem: read_record(path) for path in PATHS if path.parts[-3] == "cpu"}
+    headline = findings.headline(front.read_all(RESULTS))
+    assert headline == "cpu"
+    for method in ("apbm", "scratch", "swp"):
+        (record,) = [
+            r for r in by_id.values()
+            if r.config.model == "vgg16" and r.config.method == method and r.config.widths == "uniform"
+            and r.config.schedule == "equal"
+        ]  # fmt: skip
+        assert f"{100 * record.test_accuracy:.2f} %" in before_scripts
+    assert before_scripts.count("<svg") >= 2 and 'role="img"' in before_scripts
+
+
+def test_a_folder_without_records_has_a_page_all_the_same(tmp_path):
+    assert "no record here yet" in front.write(tmp_path).read_text()
+    assert findings.headline({}) == ""
+
+
+def test_distances_and_lengths_survive_the_packing():
+    import base64
+
+    import numpy as np
+
+    weight = torch.randn(7, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    data = explorer.layer_data(weight)
+    triangle = np.frombuffer(base64.b64decode(data["triangle"]), "<f4")
+    rows, columns = torch.triu_indices(7, 7, 1)
+    assert triangle == pytest.approx(similarity.pairwise_distances(weight)[rows, columns].numpy(), rel=1e-6)
+    assert data["l1"] == pytest.approx(weight.abs().flatten(1).sum(1).tolist(), rel=1e-5)
+
+
+def test_what_cannot_be_explored_is_refused():
+    network = build_model("resnet20", 10)
+    with pytest.raises(ConfigError, match="there is no layer 'layer9'"):
+        explorer.network_layers({"now": network}, ["layer9"])
+    with pytest.raises(ConfigError, match="has 128 filters; at most 64"):
+        explorer.network_layers({"now": torch.nn.Sequential(torch.nn.Conv2d(3, 128, 3))}, ["0"])
+    with pytest.raises(ConfigError, match="no layer to explore"):
+        explorer.network_layers({"now": network}, [])
+
+
+def test_the_initial_network_is_the_one_that_the_run_started_from(tmp_path):
+    """With steps too small to count, the stored network and the one drawn again are the same."""
+    values = {"dataset": "digits", "models": ["resnet20"], "methods": ["dense"], "epochs": 1, "train_subset": 64,
+              "test_subset": 10, "recipe_overrides": {"lr": 1e-30, "weight_decay": 0.0}, "device": "cpu"}  # fmt: skip
+    study = Study.of(tmp_path, **values)
+    (config,) = study.configs()
+    record = execute(config, str(tmp_path), "cpu", 1)
+    moments = explorer.recorded_moments(record, tmp_path)
+    for before, after in zip(moments["at initialisation"].parameters(), moments["trained"].parameters(), strict=True):
+        assert torch.allclose(before, after, rtol=1e-6, atol=1e-20)
+    (tmp_path / "networks" / record.network).unlink()
+    assert explorer.recorded_moments(record, tmp_path) is None
