@@ -77,8 +77,8 @@ docs: setup ## Render the API's pages and the texts of docs/ into results/api
 	$(PY) docs/build.py results/api
 
 lab: export APBM_DATA ?= $(CURDIR)/data
-lab: setup ## Open JupyterLab on the notebooks
-	$(PY) -m jupyterlab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks
+lab: setup ## Open JupyterLab on a welcome page, with copies of the notebooks in my/
+	$(PY) -m apbm_core.study.pages.lab
 
 lock: setup ## Take the newest packages that pyproject.toml allows and pin them in requirements.lock
 	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev,notebooks,onnx]'
