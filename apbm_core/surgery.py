@@ -44,7 +44,7 @@ def why_not_prunable(model: nn.Module, example_inputs: Tensor) -> dict[str, str 
     refuse_parametrized(model)
     calls = count_calls(model, example_inputs)
     twin = copy.deepcopy(model)
-    graph = _trace(twin, example_inputs)
+    graph = trace_dependencies(twin, example_inputs)
     return {
         name: _reason(graph, module, calls.get(name, 0))
         for name, module in twin.named_modules()
@@ -81,7 +81,7 @@ def slim_with_inputs(
         if reasons[name] is not None and len(kept[name]) < modules[name].out_channels:
             raise UnsupportedNetwork(f"the filters of layer {name!r} cannot be removed: {reasons[name]}.")
 
-    graph = _trace(small, example_inputs)
+    graph = trace_dependencies(small, example_inputs)
     # torch-pruning works through the groups one by one; tags in place of the weights remember what came from where.
     dense = {name: module.weight for name, module in modules.items() if isinstance(module, nn.Conv2d)}
     for name, weight in dense.items():
@@ -115,7 +115,12 @@ def _remove(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, name: str, fi
         ) from error
 
 
-def _trace(model: nn.Module, example_inputs: Tensor) -> torch_pruning.DependencyGraph:
+def trace_dependencies(model: nn.Module, example_inputs: Tensor) -> torch_pruning.DependencyGraph:
+    """torch-pruning's graph of a network, which it is left in evaluation mode by.
+
+    Raises:
+        UnsupportedNetwork: torch-pruning cannot trace it.
+    """
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
         for parameter in frozen:  # torch-pruning follows gradients

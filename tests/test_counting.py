@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from closed_forms import closed_form
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -12,7 +13,6 @@ from apbm_core.counting import count_macs, count_parameters
 from apbm_core.errors import ConfigError
 from apbm_core.study.networks.models import build_model, dense_widths
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
-from apbm_core.study.networks.sizes import size_function
 
 
 def macs_by_hooks(model: nn.Module, input_shape=(3, 32, 32)) -> int:
@@ -74,8 +74,8 @@ def test_apbm_networks_remove_what_the_abstract_says(name, parameters, removed):
 def test_closed_forms_agree_with_built_networks(name, options):
     widths = [n - (3 * i) % 7 for i, n in enumerate(dense_widths(name))]
     model = build_model(name, 13, widths, **options)
-    assert size_function(name, 13, "params", **options)(widths) == sum(p.numel() for p in model.parameters())
-    assert size_function(name, 13, "macs", **options)(widths) == count_macs(model) == macs_by_hooks(model)
+    assert closed_form(name, 13, "params", **options)(widths) == sum(p.numel() for p in model.parameters())
+    assert closed_form(name, 13, "macs", **options)(widths) == count_macs(model) == macs_by_hooks(model)
 
 
 def test_other_layers_and_shapes():
@@ -162,12 +162,3 @@ def test_network_in_training_mode_is_counted_in_evaluation_mode():
 def test_impossible_input_shapes_are_named(shape):
     with pytest.raises(ConfigError, match="input_shape"):
         count_macs(nn.Conv2d(3, 2, 1), shape)
-
-
-def test_size_function_rejects_what_it_cannot_count():
-    with pytest.raises(ConfigError, match="by is 'flops'"):
-        size_function("vgg16", 10, "flops")
-    with pytest.raises(ConfigError, match="no option 'conv_bais'"):
-        size_function("vgg16", 10, "params", conv_bais=False)
-    with pytest.raises(ConfigError, match="2 numbers; vgg16 takes 13"):
-        size_function("vgg16", 10)([3, 4])

@@ -20,7 +20,7 @@ from apbm_core.study.data.datasets import DataSplit, load_dataset
 from apbm_core.study.grid.workers import run_side_by_side
 from apbm_core.study.methods import fpgm, hrank, l1, polarization, random, swp
 from apbm_core.study.networks.feature_maps import visit_feature_maps
-from apbm_core.study.networks.models import build_model, prunable_convs
+from apbm_core.study.networks.models import build_model, cost_table, prunable_convs
 from apbm_core.study.networks.stripes import add_skeletons, skeleton_layers
 from apbm_core.study.training.device import peak_memory_bytes
 from apbm_core.study.training.evaluation import evaluation_batches
@@ -158,6 +158,7 @@ def criteria(settings: Settings) -> list[Table]:
     model.to(memory_format=torch.contiguous_format)
     images, _ = next(evaluation_batches(split.train, split.mean, split.std, settings.score_images, settings.device))
     layers, target = prunable_convs("vgg16"), TARGETS["vgg16"]
+    costs = cost_table("vgg16", split.num_classes)
     striped = _striped(model)
     apbm, dcff = FusionSettings(schedule=AnnealedTau()), FusionSettings(schedule=DcffTemperature())
     cases = {
@@ -168,9 +169,9 @@ def criteria(settings: Settings) -> list[Table]:
         "FPGM": partial(fpgm.scores, model, layers),
         "random": partial(random.scores, model, layers),
         "Polarization: global threshold": partial(
-            polarization.cut_at_global_threshold, model, _scales(model), target, 2
+            polarization.cut_at_global_threshold, costs, _scales(model), target, 2
         ),
-        "SWP: stripes for a target": partial(swp.stripes_for_target, striped, layers, target),
+        "SWP: stripes for a target": partial(swp.stripes_for_target, striped, costs, target),
     }
     seconds = interleave(cases, settings)
     table = Table("Scoring all of dense VGG16", ("criterion", "ms", "of APBM's time"))

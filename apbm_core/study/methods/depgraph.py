@@ -109,7 +109,7 @@ def prune(task: Task) -> nn.Module:
     task.train_shared("sparse", model, sparse_epochs, [hook], {"weight_decay": 0.0}, before, settings)
 
     def choose() -> dict[str, Any]:
-        keep, threshold, at_minimum = keep_globally(model, importances(model, layers), target, options.minimum)
+        keep, threshold, at_minimum = keep_globally(task.costs, importances(model, layers), target, options.minimum)
         return {"keep": keep, "facts": {"threshold": threshold, "layers_at_minimum": at_minimum}}
 
     choice = task.remember("score", choose)

@@ -45,7 +45,7 @@ def prune(task: Task) -> nn.Module:
 
     def choose() -> dict[str, Any]:
         found = scores(model, prunable_convs(task.model_name))
-        keep, threshold, at_minimum = keep_globally(model, found, target, options.minimum)
+        keep, threshold, at_minimum = keep_globally(task.costs, found, target, options.minimum)
         return {"keep": keep, "facts": {"threshold": threshold, "layers_at_minimum": at_minimum}}
 
     choice = task.remember("score", choose)

@@ -20,9 +20,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from apbm_core.costs import CostTable
 from apbm_core.study.methods.target import (
     bisect_setting,
-    count_remaining,
     fold_constants,
     followers,
     keep_globally,
@@ -162,7 +162,7 @@ def cut_in_valleys(scales: Mapping[str, Tensor], minimum: int) -> tuple[dict[str
 
 
 def cut_at_global_threshold(
-    model: nn.Module, scales: Mapping[str, Tensor], target: float, minimum: int
+    costs: CostTable, scales: Mapping[str, Tensor], target: float, minimum: int
 ) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Keep the filters with the largest scales over all layers so that ``target`` of the parameters goes.
 
@@ -172,7 +172,7 @@ def cut_at_global_threshold(
         Layer -> kept filters, ascending; and facts for the record: ``gamma_threshold``, the largest scale removed, and
         ``emptied_layers``, those at their minimum.
     """
-    keep, threshold, emptied = keep_globally(model, scales, target, minimum)
+    keep, threshold, emptied = keep_globally(costs, scales, target, minimum)
     return keep, {"gamma_threshold": threshold, "emptied_layers": emptied}
 
 
@@ -227,9 +227,9 @@ def prune(task: Task) -> nn.Module:
         if target is None or options.reach == "search":
             keep, facts = cut_in_valleys(scales, options.minimum)
         else:
-            keep, facts = cut_at_global_threshold(model, scales, target, options.minimum)
+            keep, facts = cut_at_global_threshold(task.costs, scales, target, options.minimum)
         if target is not None:
-            facts["target_deviation"] = _removed(model, keep) - target
+            facts["target_deviation"] = _removed(task.costs, keep) - target
         return {"keep": keep, "facts": facts}
 
     choice = task.remember("score", choose)
@@ -252,7 +252,7 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> tuple[f
         hook = Polarizer(sparse_norms(model, convs), strength, t)
         task.train(f"search-{trial + 1}", model, options.trial_epochs, hooks=[hook], recipe_overrides=recipe)
         keep, _ = cut_in_valleys(_prunable_scales(model, convs), options.minimum)
-        return _removed(model, keep)
+        return _removed(task.costs, keep)
 
     strength, found = bisect_setting(removed, *_SEARCH_RANGE, target, options.trials)
     best = (abs(found - target), _SEARCH_T)
@@ -272,9 +272,8 @@ def _prunable_scales(model: nn.Module, convs: Sequence[str]) -> dict[str, Tensor
     return {name: model.get_submodule(chain.norm).weight for name, chain in followers(model, convs).items()}
 
 
-def _removed(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> float:
-    dense = count_remaining(model, {name: model.get_submodule(name).out_channels for name in keep})
-    return 1 - count_remaining(model, {name: len(kept) for name, kept in keep.items()}) / dense
+def _removed(costs: CostTable, keep: Mapping[str, Sequence[int]]) -> float:
+    return 1 - costs.parameters({name: len(kept) for name, kept in keep.items()}) / costs.parameters()
 
 
 def mean_after_relu(gamma: Tensor, beta: Tensor) -> Tensor:

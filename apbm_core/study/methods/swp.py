@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apbm_core.costs import CostTable
 from apbm_core.study.methods.target import (
     bisect_setting,
-    count_remaining,
     cut_to_target,
     fold_constants,
     followers,
@@ -153,7 +153,7 @@ def stripe_scores(model: nn.Module, score: str = "skeleton") -> dict[str, Tensor
 
 
 def stripes_for_target(
-    model: nn.Module, prunable: Sequence[str], target: float, score: str = "skeleton"
+    model: nn.Module, costs: CostTable, target: float, score: str = "skeleton"
 ) -> tuple[dict[str, Tensor], float | None]:
     """The masks that keep the best stripes of all layers so that ``target`` of the dense network's parameters goes.
 
@@ -162,7 +162,7 @@ def stripes_for_target(
 
     Args:
         model: a network with skeletons.
-        prunable: convolutions whose dead filters go whole.
+        costs: what the dense network costs; its prunable convolutions are those whose dead filters go whole.
 
     Returns:
         Name -> (n, k, k) mask, and the largest score that was cut (None if nothing was): with "skeleton", delta.
@@ -171,17 +171,16 @@ def stripes_for_target(
         ConfigError: the target is out of reach.
     """
     scores = stripe_scores(model, score)
-    dense = count_striped(model, prunable, {name: torch.ones_like(value) for name, value in scores.items()})
-    for name in prunable:
+    for name in costs.widths:
         scores[name].view(-1)[scores[name].argmax()] = torch.inf
-    return cut_to_target(scores, lambda masks: count_striped(model, prunable, masks), dense, target)
+    return cut_to_target(scores, lambda masks: count_striped(costs, masks), costs.parameters(), target)
 
 
-def count_striped(model: nn.Module, prunable: Sequence[str], masks: Mapping[str, Tensor]) -> int:
+def count_striped(costs: CostTable, masks: Mapping[str, Tensor]) -> int:
     """Parameters of the network that :func:`stripes.to_stripes` makes of these masks, without making it."""
     alive = {name: int(mask.flatten(1).any(1).sum()) for name, mask in masks.items()}
-    widths = {name: max(alive[name], 1) for name in prunable}
-    return count_remaining(model, widths, {name: int(mask.sum()) for name, mask in masks.items()})
+    widths = {name: max(alive[name], 1) for name in costs.widths}
+    return costs.parameters(widths, {name: int(mask.sum()) for name, mask in masks.items()})
 
 
 @torch.no_grad()
@@ -225,13 +224,13 @@ def prune(task: Task) -> nn.Module:
     def choose() -> dict[str, Any]:
         facts = {"alpha": alpha, "delta": options.delta, "skeleton_std": _skeleton_std(model)}
         if is_cut:
-            masks, facts["cut_score"] = stripes_for_target(model, prunable, target, options.score)
+            masks, facts["cut_score"] = stripes_for_target(model, task.costs, target, options.score)
         else:
             masks = {name: layer.mask.cpu() for name, _, layer in skeleton_layers(model)}
         facts["stripes_kept"] = torch.cat([mask.flatten() for mask in masks.values()]).double().mean().item()
         facts["layers_without_stripes"] = [name for name, mask in masks.items() if not mask.any()]
         if target is not None:
-            facts["target_deviation"] = _removed(model, prunable, masks) - target
+            facts["target_deviation"] = _removed(task.costs, masks) - target
         return {"masks": {name: pack_mask(mask) for name, mask in masks.items()}, "facts": facts}
 
     choice = task.remember("score", choose)
@@ -252,16 +251,15 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> float:
         model = add_skeletons(task.build())
         hook = ShrinkSkeletons(prunable, 10**log_alpha, options.delta)
         task.train(f"search-{trial + 1}", model, options.trial_epochs, hooks=[hook], recipe_overrides=recipe)
-        return _removed(model, prunable, {name: layer.mask.cpu() for name, _, layer in skeleton_layers(model)})
+        return _removed(task.costs, {name: layer.mask.cpu() for name, _, layer in skeleton_layers(model)})
 
     log_alpha, _ = bisect_setting(removed, *_LOG_ALPHA_RANGE, target, options.trials)
     task.note("search_epochs", options.trials * options.trial_epochs)
     return 10**log_alpha
 
 
-def _removed(model: nn.Module, prunable: Sequence[str], masks: Mapping[str, Tensor]) -> float:
-    dense = count_striped(model, prunable, {name: torch.ones_like(mask) for name, mask in masks.items()})
-    return 1 - count_striped(model, prunable, masks) / dense
+def _removed(costs: CostTable, masks: Mapping[str, Tensor]) -> float:
+    return 1 - count_striped(costs, masks) / costs.parameters()
 
 
 def _norms(model: nn.Module, prunable: Sequence[str]) -> dict[str, nn.BatchNorm2d]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from apbm_core.costs import CostTable
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import evaluation_mode
 from apbm_core.study.records import RunConfig
@@ -55,35 +56,6 @@ def followers(model: nn.Module, convs: Iterable[str]) -> dict[str, Followers]:
         is_normed = isinstance(reader, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
         found[name] = Followers(norm_name, reader_name, next_name if is_normed else None)
     return found
-
-
-def count_remaining(model: nn.Module, widths: Mapping[str, int], stripes: Mapping[str, int] | None = None) -> int:
-    """Trainable parameters of dense ``model`` once its layers are cut, without building it.
-
-    Args:
-        model: the dense network, parametrised or not.
-        widths: filters that each prunable convolution keeps; all of them must be named by :func:`followers`.
-        stripes: how many (c_in,) stripes a convolution holds, where not all of its kept filters' k * k.
-    """
-    stripes = stripes or {}
-    chains = followers(model, widths)
-    read_from = {chain.reader: name for name, chain in chains.items()}
-    norm_of = {chain.norm: name for name, chain in chains.items()}
-    total = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            n = widths.get(name, module.out_channels)
-            c_in = widths.get(read_from.get(name), module.in_channels)
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            total += stripes.get(name, n * kernel) * c_in + (0 if module.bias is None else n)
-        elif isinstance(module, nn.BatchNorm2d):
-            total += 2 * widths.get(norm_of.get(name), module.num_features)
-        elif isinstance(module, nn.Linear):
-            feeder = read_from.get(name)
-            share = module.in_features // model.get_submodule(feeder).out_channels if feeder else 1
-            inputs = widths[feeder] * share if feeder else module.in_features
-            total += module.out_features * (inputs + (module.bias is not None))
-    return total
 
 
 def parameter_target(config: RunConfig) -> float | None:
@@ -148,7 +120,7 @@ def cut_to_target(
 
 
 def keep_globally(
-    model: nn.Module, scores: Mapping[str, Tensor], target: float, minimum: int
+    costs: CostTable, scores: Mapping[str, Tensor], target: float, minimum: int
 ) -> tuple[dict[str, list[int]], float | None, dict[str, int]]:
     """The best-scored filters of all layers together, so that ``target`` of the parameters goes.
 
@@ -156,7 +128,7 @@ def keep_globally(
     decides how many; see :func:`cut_to_target` for ties and errors.
 
     Args:
-        model: the dense network.
+        costs: what the dense network costs.
         scores: convolution -> (n,), comparable between layers; larger = keep.
         target: share of the parameters to remove.
         minimum: filters that a layer keeps, its best.
@@ -170,10 +142,9 @@ def keep_globally(
         protected[name][protected[name].argsort(descending=True, stable=True)[:minimum]] = torch.inf
 
     def size(kept: dict[str, Tensor]) -> int:
-        return count_remaining(model, {name: int(mask.sum()) for name, mask in kept.items()})
+        return costs.parameters({name: int(mask.sum()) for name, mask in kept.items()})
 
-    everything = size({name: torch.ones_like(values) for name, values in protected.items()})
-    kept, threshold = cut_to_target(protected, size, everything, target)
+    kept, threshold = cut_to_target(protected, size, costs.parameters(), target)
     keep = {name: mask.nonzero().flatten().tolist() for name, mask in kept.items()}
     return keep, threshold, {n: len(kept) for n, kept in keep.items() if len(kept) == minimum < len(scores[n])}
 

@@ -16,11 +16,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from apbm_core.counting import count_parameters
+from apbm_core.costs import CostTable
 from apbm_core.errors import CheckpointError, ConfigError
 from apbm_core.files import sha256, write_atomically
 from apbm_core.study.data.datasets import DataSplit
-from apbm_core.study.networks.models import build_model, dense_widths, prunable_convs
+from apbm_core.study.networks.models import build_model, cost_table, dense_widths, prunable_convs
 from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, solve_model_widths
 from apbm_core.study.records import PhaseRecord, ResultsFolder, RunConfig, canonical_json
 from apbm_core.study.training.hooks import Context, Hook
@@ -77,9 +77,9 @@ class Task:
         return dict(zip(names, PUBLISHED_WIDTHS[config.widths].widths, strict=True))
 
     @cached_property
-    def dense_parameters(self) -> int:
-        with torch.device("meta"):
-            return count_parameters(build_model(self.model_name, self.num_classes))
+    def costs(self) -> CostTable:
+        """What the network costs at any widths."""
+        return cost_table(self.model_name, self.num_classes)
 
     @property
     def example_inputs(self) -> Tensor:

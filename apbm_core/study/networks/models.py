@@ -12,12 +12,12 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from apbm_core.costs import CostTable
 from apbm_core.errors import ConfigError
 from apbm_core.study import networks
 from apbm_core.study.discovery import modules_defining
 from apbm_core.study.networks.definition import Network
 from apbm_core.study.validation import closest
-from apbm_core.surgery import prunable_layers
 
 
 def all_networks() -> Mapping[str, Network]:
@@ -112,25 +112,36 @@ def prunable_convs(name: str) -> tuple[str, ...]:
     Raises:
         ConfigError: The network's file states other dense widths than those of its prunable convolutions.
     """
-    return _traced(get_network(name))
+    return tuple(cost_table(name).widths)
+
+
+def cost_table(name: str, num_classes: int = 10, **options) -> CostTable:
+    """What the network costs at any widths; MACs of one image of 32 x 32 pixels, or of the nearest size it takes.
+
+    Args:
+        name, num_classes, **options: As in ``build_model``.
+
+    Raises:
+        ConfigError: As in ``build_model``, or the network's file states other dense widths than those of its prunable
+            convolutions.
+    """
+    check_model(name, num_classes, options)
+    return _traced(get_network(name), int(num_classes), tuple(sorted(options.items())))
 
 
 @cache
-def _traced(network: Network) -> tuple[str, ...]:
-    with torch.device("meta"):
-        found = prunable_layers(network.module(10, network.widths), torch.zeros(1, 3, *2 * (example_side(network),)))
-    if tuple(found.values()) != network.widths:
-        raise ConfigError(
-            f"{network.label} states the dense widths {network.widths}, but its prunable convolutions have {found}; "
-            "state these."
-        )
-    return tuple(found)
-
-
-def example_side(network: Network) -> int:
-    """The side of the square images that a network's size is stated for: CIFAR's 32 pixels where it takes those."""
+def _traced(network: Network, num_classes: int, options: tuple[tuple[str, object], ...]) -> CostTable:
     least, most = network.sides
-    return max(least, 32) if most is None else min(max(least, 32), most)
+    side = max(least, 32 if most is None else min(32, most))
+    with torch.random.fork_rng(devices=[]):  # who asks for a size does not expect other random numbers afterwards
+        model = network.module(num_classes, network.widths, **dict(options))
+    costs = CostTable.trace(model, torch.zeros(1, 3, side, side))
+    if tuple(costs.widths.values()) != network.widths:
+        raise ConfigError(
+            f"{network.label} states the dense widths {network.widths}, but its prunable convolutions have "
+            f"{costs.widths}; state these."
+        )
+    return costs
 
 
 def _is_positive_int(value: object) -> bool:

@@ -20,7 +20,7 @@ from apbm_core.study.methods.swp import (
     stripe_scores,
     stripes_for_target,
 )
-from apbm_core.study.networks.models import build_model, prunable_convs
+from apbm_core.study.networks.models import build_model, cost_table, prunable_convs
 from apbm_core.study.networks.stripes import StripeConv2d, add_skeletons, skeleton_layers, to_stripes, without_skeletons
 from apbm_core.study.training.hooks import Context
 
@@ -143,7 +143,7 @@ def test_count_equals_the_striped_network(name, share):
             masks[conv] = torch.rand(module.out_channels, 3, 3) < share
     emptied = list(masks)[5]
     masks[emptied][:] = False
-    expected = count_striped(model, prunable_convs(name), masks)
+    expected = count_striped(cost_table(name), masks)
     assert expected == count_parameters(to_stripes(model, IMAGE, masks))
 
 
@@ -176,8 +176,8 @@ def test_target_is_met_on_the_striped_network(name, targets, score, is_trained):
             nn.init.uniform_(layer.skeleton, 0, 1.5)
             layer.set_mask(layer.skeleton.detach() > 0.1)
     for target in targets:
-        masks, delta = stripes_for_target(model, prunable_convs(name), target, score)
-        assert 1 - count_striped(model, prunable_convs(name), masks) / dense == pytest.approx(target, abs=0.005)
+        masks, delta = stripes_for_target(model, cost_table(name), target, score)
+        assert 1 - count_striped(cost_table(name), masks) / dense == pytest.approx(target, abs=0.005)
         assert all(masks[conv].any() for conv in prunable_convs(name))
         for conv, layer in skeletons(model).items():
             assert not (masks[conv] & ~layer.mask).any()  # the dead do not come back
@@ -190,15 +190,15 @@ def test_striped_network_at_the_target_counts_what_it_should():
     model = add_skeletons(build_model("resnet20"))
     for layer in skeletons(model).values():
         nn.init.uniform_(layer.skeleton, 0, 1.5)
-    masks, _ = stripes_for_target(model, prunable_convs("resnet20"), 0.7)
+    masks, _ = stripes_for_target(model, cost_table("resnet20"), 0.7)
     striped = to_stripes(without_skeletons(model), IMAGE, masks)
-    assert count_parameters(striped) == count_striped(model, prunable_convs("resnet20"), masks)
+    assert count_parameters(striped) == count_striped(cost_table("resnet20"), masks)
     assert count_macs(striped) == stripe_macs(striped)
 
 
 def test_impossible_target_is_refused():
     with pytest.raises(ConfigError, match="is the most"):
-        stripes_for_target(add_skeletons(build_model("resnet20")), prunable_convs("resnet20"), 0.999)
+        stripes_for_target(add_skeletons(build_model("resnet20")), cost_table("resnet20"), 0.999)
 
 
 def test_cut_leaves_nothing_of_dead_filters_but_what_it_folds():
@@ -224,7 +224,7 @@ def test_cut_leaves_nothing_of_dead_filters_but_what_it_folds():
 def test_run_meets_its_target(make_task, name, target):
     task = make_task("swp", name, Options(), epochs=3, target=target)
     network = prune(task)
-    removed = 1 - count_parameters(network) / task.dense_parameters
+    removed = 1 - count_parameters(network) / task.costs.parameters()
     assert removed == pytest.approx(target, abs=0.005)
     assert task.notes["target_deviation"] == pytest.approx(removed - target)
     assert [(p.name, p.epochs) for p in task.phases] == [("sparse", 2), ("score", 0), ("finetune", 1)]

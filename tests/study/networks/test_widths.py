@@ -6,20 +6,23 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from closed_forms import closed_form
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apbm_core.compress import parse_keep
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.errors import ConfigError
-from apbm_core.study.networks.models import build_model, dense_widths
-from apbm_core.study.networks.sizes import size_function
-from apbm_core.study.networks.widths import (
+from apbm_core.study.networks.models import build_model, cost_table, dense_widths
+from apbm_core.study.networks.published_widths import widths_from_rates
+from apbm_core.study.networks.widths import marginal_utility_model_widths, solve_model_widths, width_problem
+from apbm_core.widths import (
+    WidthProblem,
     balanced_widths,
     entropy_budget_widths,
-    solve_model_widths,
-    solve_widths,
-    widths_from_rates,
+    marginal_utility_widths,
+    uniform_widths,
 )
 
 NETWORKS = st.tuples(st.sampled_from(["vgg16", "resnet56"]), st.sampled_from(["params", "macs"]))
@@ -49,14 +52,14 @@ def test_solution_holds_for_the_network_that_is_built(name, by, target):
 def test_target_is_met_with_one_ratio_for_all_layers(network, target):
     name, by = network
     dense = dense_widths(name)
-    solution = solve_widths(dense, size_function(name, 10, by), target)
+    solution = uniform_widths(WidthProblem(dense, closed_form(name, 10, by), target))
     assert solution.within_tolerance
     assert abs(solution.removed - target) <= 0.0005
     # Some ratio explains all widths but for rounding and a filter or two that were moved.
     lowest = max((width - 2.5) / n for width, n in zip(solution.widths, dense, strict=True))
     highest = min((width + 2.5) / n for width, n in zip(solution.widths, dense, strict=True))
     assert lowest <= highest
-    assert solve_widths(dense, size_function(name, 10, by), target) == solution
+    assert uniform_widths(width_problem(name, 10, target, by)) == solution
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,7 +80,7 @@ def test_multiples_and_minimum_are_honoured(network, target, multiple, minimum):
         solution = solve_model_widths(name, 10, target, by, multiple=multiple, minimum=minimum)
     except ConfigError:
         narrowest = [next(k for k in range(multiple, n + 1, multiple) if k >= minimum) for n in dense_widths(name)]
-        count = size_function(name, 10, by)
+        count = closed_form(name, 10, by)
         assert 1 - count(narrowest) / count(dense_widths(name)) < target
         return
     assert all(width % multiple == 0 and width >= minimum for width in solution.widths)
@@ -85,7 +88,7 @@ def test_multiples_and_minimum_are_honoured(network, target, multiple, minimum):
 
 
 def test_full_width_stays_allowed_when_it_is_not_a_multiple():
-    solution = solve_widths([12, 20, 5], chain, 0.3, multiple=8, tolerance=0.2)
+    solution = uniform_widths(WidthProblem([12, 20, 5], chain, 0.3, multiple=8, tolerance=0.2))
     assert all(width in choices for width, choices in zip(solution.widths, [{8, 12}, {8, 16, 20}, {5}], strict=True))
     assert abs(solution.removed - 0.3) <= 0.2
 
@@ -95,7 +98,7 @@ def test_full_width_stays_allowed_when_it_is_not_a_multiple():
 def test_no_single_change_or_exchange_comes_closer_than_the_solution(dense, target):
     budget = (1 - target) * chain(dense)
     try:
-        solution = solve_widths(dense, chain, target, tolerance=0)
+        solution = uniform_widths(WidthProblem(dense, chain, target, tolerance=0))
     except ConfigError as error:
         reach = 1 - chain([1] * len(dense)) / chain(dense)
         assert reach < target
@@ -110,7 +113,7 @@ def test_no_single_change_or_exchange_comes_closer_than_the_solution(dense, targ
 
 
 def test_too_coarse_widths_return_the_closest_and_say_so():
-    solution = solve_widths([4, 4], sum, 0.4, multiple=2)
+    solution = uniform_widths(WidthProblem([4, 4], sum, 0.4, multiple=2))
     # Of the possible sums 4, 6 and 8, 4 is the closest to 0.6 * 8 = 4.8.
     assert (solution.widths, solution.removed, solution.within_tolerance) == ((2, 2), 0.5, False)
 
@@ -125,7 +128,7 @@ def test_entropy_budget_follows_its_formula_up_to_moved_filters(data, network, t
     name, by = network
     dense = dense_widths(name)
     redundancy = data.draw(st.lists(st.floats(0.05, 0.95), min_size=len(dense), max_size=len(dense)))
-    solution = entropy_budget_widths(dense, redundancy, size_function(name, 10, by), target)
+    solution = entropy_budget_widths(width_problem(name, 10, target, by), redundancy)
     assert solution.within_tolerance
     assert abs(solution.removed - target) <= 0.0005
     for n, value, width in zip(dense, redundancy, solution.widths, strict=True):
@@ -134,14 +137,13 @@ def test_entropy_budget_follows_its_formula_up_to_moved_filters(data, network, t
 
 
 def test_entropy_budget_extremes():
-    count = size_function("vgg16", 10)
-    dense = dense_widths("vgg16")
-    equal = entropy_budget_widths(dense, [0.3] * 13, count, 0.9)
-    assert equal.widths == solve_widths(dense, count, 0.9).widths
-    alike = entropy_budget_widths(dense, [1.0, *[0.2] * 12], count, 0.5)
+    strict, mild = (width_problem("vgg16", 10, target) for target in (0.9, 0.5))
+    equal = entropy_budget_widths(strict, [0.3] * 13)
+    assert equal.widths == uniform_widths(strict).widths
+    alike = entropy_budget_widths(mild, [1.0, *[0.2] * 12])
     assert alike.widths[0] <= 3
     assert alike.within_tolerance
-    unlike = entropy_budget_widths(dense, [1e-300, *[0.5] * 12], count, 0.9)
+    unlike = entropy_budget_widths(strict, [1e-300, *[0.5] * 12])
     assert unlike.widths[0] >= 62
     assert math.isfinite(unlike.exponent)
 
@@ -209,13 +211,13 @@ def test_impossible_keep_is_named(value):
 def test_impossible_problems_are_named(changes, words):
     arguments = {"dense": [8, 8], "count": chain, "target": 0.5} | changes
     with pytest.raises(ConfigError, match=words):
-        solve_widths(**arguments)
+        WidthProblem(**arguments)
 
 
 @pytest.mark.parametrize("redundancy", [[0.5], [0.5, 0], [0.5, 1.1], [0.5, math.nan]])
 def test_impossible_redundancies_are_named(redundancy):
     with pytest.raises(ConfigError, match="redundanc"):
-        entropy_budget_widths([8, 8], redundancy, chain, 0.5)
+        entropy_budget_widths(WidthProblem([8, 8], chain, 0.5), redundancy)
 
 
 def test_balanced_widths_have_nearly_the_largest_harmonic_mean_that_fits():
@@ -229,7 +231,7 @@ def test_balanced_widths_have_nearly_the_largest_harmonic_mean_that_fits():
 
     budget = (1 - removed) * count(dense)
     best = min(loss(w) for w in itertools.product(*(range(1, n + 1) for n in dense)) if count(w) <= budget)
-    found = balanced_widths(dense, count, removed, tolerance=0.02)
+    found = balanced_widths(WidthProblem(dense, count, removed, tolerance=0.02))
     assert found.within_tolerance and best <= loss(found.widths) * 1.001 and loss(found.widths) < 1.05 * best
 
 
@@ -245,6 +247,76 @@ def test_balanced_widths_keep_the_cheap_early_filters(name, target):
     assert sums[0] < sums[1]
 
 
-def test_balanced_widths_refuse_what_cannot_be_reached():
-    with pytest.raises(ConfigError, match="Cannot remove"):
-        balanced_widths((4, 4), chain, 0.99, minimum=2)
+def test_marginal_utility_buys_one_filter_after_the_other_where_it_is_worth_most():
+    """The rule written out for a chain of 3x3 convolutions from 3 channels: s_l(c_l) / (9 (c_{l-1} + c_{l+1}))."""
+    dense, removed = (7, 9, 8), 0.5
+    generator = torch.Generator().manual_seed(3)
+    for mac_weight in (0.0, 1e-4, -1e-4):
+        scores = [torch.rand(n, generator=generator).tolist() for n in dense]
+        curves = [sorted(layer, reverse=True) for layer in scores]
+        budget, pixels = (1 - removed) * chain(dense), (64, 16, 4)
+
+        def macs(widths, pixels=pixels):
+            return sum(p * 9 * a * b for p, (a, b) in zip(pixels, itertools.pairwise((3, *widths)), strict=True))
+
+        widths = [1, 1, 1]
+        while True:
+            worth = {}
+            for layer, (width, n) in enumerate(zip(widths, dense, strict=True)):
+                around = (3, *widths, 0)
+                price = 9 * (around[layer] + around[layer + 2])
+                pixel_price = 9 * (around[layer] * pixels[layer] + around[layer + 2] * (*pixels, 0)[layer + 1])
+                if width < n and chain(widths) + price <= budget:
+                    worth[layer] = curves[layer][width] / price + mac_weight * pixel_price
+            if not worth:
+                break
+            widths[max(worth, key=worth.get)] += 1
+        problem = WidthProblem(dense, chain, removed, tolerance=0.05)  # so wide that nothing is left to polish
+        assert problem.error(tuple(widths)) <= problem.slack
+        assert marginal_utility_widths(problem, scores, macs, mac_weight).widths == tuple(widths)
+
+
+@pytest.mark.parametrize("removed", [0.2, 0.5, 0.7])
+def test_marginal_utility_keeps_the_best_filters_of_all_where_each_costs_the_same(removed):
+    dense = (4, 5, 3)
+    scores = [torch.rand(n).tolist() for n in dense]
+    curves = [[sum(sorted(layer, reverse=True)[:k]) for k in range(len(layer) + 1)] for layer in scores]
+
+    def value(widths):
+        return sum(curve[width] for curve, width in zip(curves, widths, strict=True))
+
+    problem = WidthProblem(dense, sum, removed, tolerance=0.1)
+    found = marginal_utility_widths(problem, scores).widths
+    allowed = itertools.product(*(range(1, n + 1) for n in dense))
+    assert value(found) == pytest.approx(max(value(widths) for widths in allowed if problem.fits(widths)))
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20"])
+def test_marginal_utility_meets_the_target_of_a_real_network_and_follows_the_scores(name):
+    dense = dense_widths(name)
+    falling = [[1 / (rank + 1) for rank in range(n)] for n in dense]
+    equal = marginal_utility_model_widths(name, 10, falling, 0.7)
+    late = marginal_utility_model_widths(name, 10, [*falling[:-3], [50.0] * dense[-3], *falling[-2:]], 0.7)
+    assert equal.within_tolerance and late.within_tolerance and min(equal.widths) >= 4
+    assert late.widths[-3] > 2 * equal.widths[-3]
+    count = cost_table(name, 10).size_function("macs")
+    dear = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=1e-8)
+    cheap = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=-1e-8)
+    assert count(dear.widths) > count(equal.widths) > count(cheap.widths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scores": [[1.0] * 4]}, "one for each filter of each layer"),
+        ({"scores": [[1.0] * 4, [1.0] * 3]}, r"scores of \[4, 3\] filters for layers of \[4, 4\]"),
+        ({"scores": [[1.0] * 4, [1.0, math.nan, 1.0, 1.0]]}, "scores of layer 2"),
+        ({"scores": [[1.0, -1.0, 1.0, 1.0], [1.0] * 4]}, "scores of layer 1"),
+        ({"mac_weight": 0.5}, "needs `macs`"),
+        ({"mac_weight": math.inf, "macs": chain}, "mac_weight is inf"),
+    ],
+)
+def test_impossible_utilities_are_named(changes, words):
+    arguments = {"problem": WidthProblem((4, 4), chain, 0.5), "scores": [[1.0] * 4] * 2} | changes
+    with pytest.raises(ConfigError, match=words):
+        marginal_utility_widths(**arguments)
