@@ -251,6 +251,9 @@ def marginal_utility_widths(
     what that filter adds to the size, k^2 (c_{l-1} + c_{l+1}) weights and its norm in a chain of convolutions; M_l the
     multiply-accumulates it adds. Ties go to the first layer.
 
+    In a chain of layers a filter is cheap between narrow neighbours, so the rule tends to alternate: a wide layer
+    between two narrow ones buys the most score. Tie the layers of a stage together where that is not wanted.
+
     Args:
         problem: The target.
         scores: The relative-entropy scores of each layer's filters, in any order, (n_l,) each; not negative.

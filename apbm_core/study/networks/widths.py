@@ -4,13 +4,17 @@ The rules themselves serve any network and live in :mod:`apbm_core.widths`.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.networks.models import cost_table, dense_widths
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
 from apbm_core.widths import (
+    SizeFunction,
     WidthProblem,
     WidthSolution,
     balanced_widths,
@@ -61,11 +65,33 @@ def marginal_utility_model_widths(
     by: str = "params",
     mac_weight: float = 0.0,
     minimum: int = 4,
+    tied: bool = False,
 ) -> WidthSolution:
-    """``marginal_utility_widths`` for a network of the study; else as ``width_problem``."""
-    problem = width_problem(name, num_classes, target, by, minimum=minimum)
-    macs = cost_table(name, num_classes).size_function("macs")
-    return marginal_utility_widths(problem, scores, macs, mac_weight)
+    """``marginal_utility_widths`` for a network of the study; else as ``width_problem``.
+
+    ``tied`` keeps neighbouring layers of equal dense width, a stage, equally wide: then the rule cannot alternate, and
+    identity branches stay possible. The target is met as closely as whole steps of a stage can.
+    """
+    costs, dense = cost_table(name, num_classes), dense_widths(name)
+    stages = [len(list(run)) for _, run in itertools.groupby(dense)] if tied else [1] * len(dense)
+    firsts = list(itertools.accumulate(stages, initial=0))[:-1]
+
+    def expanded(widths: Sequence[int]) -> tuple[int, ...]:
+        return tuple(width for width, layers in zip(widths, stages, strict=True) for _ in range(layers))
+
+    def count_of(what: str) -> SizeFunction:
+        count = costs.size_function(what)
+        return lambda widths: count(expanded(widths))
+
+    if len(scores) == len(dense):  # one score for the filters of a rank in all layers of a stage
+        ranked = [sorted(layer, reverse=True) for layer in scores]
+        scores = [
+            [math.fsum(filters) for filters in zip(*ranked[first : first + layers], strict=True)]
+            for first, layers in zip(firsts, stages, strict=True)
+        ]
+    problem = WidthProblem([dense[first] for first in firsts], count_of(by), target, minimum=minimum)
+    solution = marginal_utility_widths(problem, scores, count_of("macs"), mac_weight)
+    return replace(solution, widths=expanded(solution.widths))
 
 
 def check_published_target(name: str, model: str, num_classes: int, target: float, by: str = "params") -> None:

@@ -27,8 +27,8 @@ def scores(model, layers, images, seed):
     return {name: model.get_submodule(name).weight.detach().abs().flatten(1).amax(1) for name in layers}
 '''
 TINY = {
-    "dataset": "digits", "models": ["resnet20"], "targets": {"resnet20": [0.5]}, "epochs": 2, "train_subset": 64,
-    "test_subset": 40, "recipe_overrides": {"batch_size": 32}, "device": "cpu", "workers": 1,
+    "dataset": "digits", "models": ["resnet20"], "targets": {"resnet20": [0.5]}, "epochs": 2, "train_subset": 32,
+    "test_subset": 20, "recipe_overrides": {"batch_size": 32}, "device": "cpu", "workers": 1,
 }  # fmt: skip
 
 

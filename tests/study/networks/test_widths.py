@@ -295,14 +295,25 @@ def test_marginal_utility_keeps_the_best_filters_of_all_where_each_costs_the_sam
 def test_marginal_utility_meets_the_target_of_a_real_network_and_follows_the_scores(name):
     dense = dense_widths(name)
     falling = [[1 / (rank + 1) for rank in range(n)] for n in dense]
-    equal = marginal_utility_model_widths(name, 10, falling, 0.7)
-    late = marginal_utility_model_widths(name, 10, [*falling[:-3], [50.0] * dense[-3], *falling[-2:]], 0.7)
+    equal = marginal_utility_model_widths(name, 10, falling, 0.9)
+    late = marginal_utility_model_widths(name, 10, [*falling[:-2], [50.0] * dense[-2], falling[-1]], 0.9)
     assert equal.within_tolerance and late.within_tolerance and min(equal.widths) >= 4
-    assert late.widths[-3] > 2 * equal.widths[-3]
+    assert late.widths[-2] > equal.widths[-2]
     count = cost_table(name, 10).size_function("macs")
-    dear = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=1e-8)
-    cheap = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=-1e-8)
+    dear = marginal_utility_model_widths(name, 10, falling, 0.9, mac_weight=1e-8)
+    cheap = marginal_utility_model_widths(name, 10, falling, 0.9, mac_weight=-1e-8)
     assert count(dear.widths) > count(equal.widths) > count(cheap.widths)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet56"])
+def test_tied_layers_of_a_stage_stay_as_wide_as_each_other(name):
+    dense = dense_widths(name)
+    scores = [torch.rand(n).tolist() for n in dense]
+    solution = marginal_utility_model_widths(name, 10, scores, 0.8, tied=True)
+    stages = {n: {width for width, of in zip(solution.widths, dense, strict=True) if of == n} for n in dense}
+    assert all(len(widths) == 1 for widths in stages.values()) and len(solution.widths) == len(dense)
+    assert solution.removed == pytest.approx(0.8, abs=0.005)
+    assert solution.count == cost_table(name).size_function()(solution.widths)
 
 
 @pytest.mark.parametrize(
