@@ -79,7 +79,7 @@ def test_a_run_meets_its_target_with_widths_of_its_own(method, tmp_path):
     options = get_method(method).Options()
     task = fake_task(tmp_path, method, "resnet20", options, epochs=3, target=0.6, images=16)
     small = get_method(method).prune(task)
-    assert abs(1 - count_parameters(small) / task.dense_parameters - 0.6) < 0.005
+    assert abs(1 - count_parameters(small) / task.costs.parameters() - 0.6) < 0.005
     assert sum(phase.epochs for phase in task.phases) == 3 and task.phases[0].shared
     widths = [small.get_submodule(name).out_channels for name in prunable_convs("resnet20")]
     assert len({round(width / full, 2) for width, full in zip(widths, [16] * 3 + [32] * 3 + [64] * 3, strict=True)}) > 2

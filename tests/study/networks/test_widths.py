@@ -300,9 +300,9 @@ def test_marginal_utility_meets_the_target_of_a_real_network_and_follows_the_sco
     assert equal.within_tolerance and late.within_tolerance and min(equal.widths) >= 4
     assert late.widths[-2] > equal.widths[-2]
     count = cost_table(name, 10).size_function("macs")
-    dear = marginal_utility_model_widths(name, 10, falling, 0.9, mac_weight=1e-8)
-    cheap = marginal_utility_model_widths(name, 10, falling, 0.9, mac_weight=-1e-8)
-    assert count(dear.widths) > count(equal.widths) > count(cheap.widths)
+    dear = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=1e-8)
+    cheap = marginal_utility_model_widths(name, 10, falling, 0.7, mac_weight=-1e-8)
+    assert count(dear.widths) > 1.05 * count(cheap.widths)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet56"])
