@@ -4,6 +4,7 @@ study = Study.of(dataset="digits", models=["resnet20"], methods=["apbm", "l1"], 
 records = study.run()
 """
 
+import itertools
 import os
 import sys
 import time
@@ -119,10 +120,14 @@ class Study:
         Raises:
             ApbmError: of whatever kind describes what went wrong.
         """
-        _, threads = plan_workers(self.parameters.workers, len(self.configs()), self.device)
-        data, split, size = self.data(), self.parameters.split, self.parameters.train_subset
-        images = data.split(split, self.parameters.seeds[0], size, self.parameters.test_subset)
-        return ensure(self.configs(), self.results.path, images, self.device, threads)
+        configs, given = self.configs(), self.parameters
+        _, threads = plan_workers(given.workers, len(configs), self.device)
+        found = self.calibration
+        for dataset in dict.fromkeys(config.dataset for config in configs):
+            images = _load(dataset).split(given.split, given.seeds[0], given.train_subset, given.test_subset)
+            part = [config for config in configs if config.dataset == dataset]
+            found = ensure(part, self.results.path, images, self.device, threads)
+        return found
 
     def example_split(self, images: int) -> DataSplit:
         """A part of the data, for an example in passing; the digits, if a report is made where the data are not."""
@@ -241,24 +246,27 @@ def _with_time_of(reference: RunRecord, record: RunRecord) -> RunConfig | None:
 
 
 def _spread(configs: list[RunConfig]) -> list[RunConfig]:
-    """An order in which two workers rarely wait for each other.
+    """An order in which two workers rarely wait for each other, one network, data set and seed after the other.
 
     The first run of each shared training, of the dense network or of a method's own, does it; the others that need it
     come last.
     """
-    seen: set[tuple] = set()
-    first, others, waiting = [], [], []
-    for config in configs:
-        starts_from = get_method(config.method).starts_from
-        shared = (config.model, config.seed, config.method if starts_from == "sparse" else starts_from)
-        if starts_from == "scratch":
-            others.append(config)
-        elif shared in seen:
-            waiting.append(config)
-        else:
-            seen.add(shared)
-            first.append(config)
-    return [*first, *others, *waiting]
+    spread = []
+    for _, part in itertools.groupby(configs, lambda config: (config.dataset, config.model, config.seed)):
+        seen: set[str] = set()
+        first, others, waiting = [], [], []
+        for config in part:
+            starts_from = get_method(config.method).starts_from
+            shared = config.method if starts_from == "sparse" else starts_from
+            if starts_from == "scratch":
+                others.append(config)
+            elif shared in seen:
+                waiting.append(config)
+            else:
+                seen.add(shared)
+                first.append(config)
+        spread += [*first, *others, *waiting]
+    return spread
 
 
 @lru_cache(maxsize=2)

@@ -53,6 +53,14 @@ class StudyParameters(BaseModel):
     train_subset: int | None = Field(None, ge=1, description="only so many training images, for quick trials")
     test_subset: int | None = Field(None, ge=1, description="only so many test images, for quick trials")
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="settings of single methods")
+    rates: dict[str, float] = Field(
+        default_factory=dict, description="peak learning rates of single methods, where they were tuned apart"
+    )
+    blocks: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="parts of the grid in the order in which they run, one seed of all before the next: each a set of "
+        "parameters laid over the study's own, such as {dataset: cifar100, models: [vgg16]}",
+    )
     method_images: int = Field(12_800, ge=64, description="01_method: training images its example network sees")
     workers: int = Field(0, ge=0, le=64, description="runs side by side; 0: one a core, at most four; one on a GPU")
     device: str = Field("auto", description=f"where to compute: {', '.join(DEVICES)}")
@@ -127,6 +135,13 @@ class StudyParameters(BaseModel):
                 f"there are no widths {self.widths!r}{closest(self.widths, known)} Allowed: {', '.join(known)}."
             )
         self._check_own_widths()
+        for name in self.rates:
+            get_method(name)
+            validated(Recipe, self._recipe_of(name).model_dump(), f"the recipe of {name}")
+        for block in self.blocks:
+            if "blocks" in block or "seeds" in block:
+                raise ValueError("a block has no blocks or seeds of its own; the study's seeds are every block's.")
+            self._block(block)
         for model in self.models if self.widths not in SOLVERS else ():
             if len(self.targets.get(model, [])) > 1:
                 raise ValueError(
@@ -156,9 +171,17 @@ class StudyParameters(BaseModel):
                 )
 
     def run_configs(self, dataset: str, methods: Iterable[str] | None = None) -> list[RunConfig]:
-        """Every run of the grid on ``dataset``, the equal-time ones aside: their length follows from records."""
-        recipe = get_recipe(self.recipe, **self.recipe_overrides)
-        configs = []
+        """Every run of the grid on ``dataset``, the equal-time ones aside: their length follows from records.
+
+        With ``blocks`` it is theirs, those that name no data set on ``dataset``; a run of several is listed once.
+        """
+        recipe, configs = get_recipe(self.recipe, **self.recipe_overrides), []
+        if self.blocks:
+            for seed, block in itertools.product(self.seeds, self.blocks):
+                part = self._block(block | {"seeds": [seed]})
+                named = [name for name in part.methods if methods is None or name in methods]
+                configs += part.run_configs(block.get("dataset", dataset), named) if named else []
+            return list({config.id: config for config in configs}.values())
         self._check_crops(dataset, recipe)
         for model in self.models:
             for seed in self.seeds:
@@ -181,7 +204,7 @@ class StudyParameters(BaseModel):
                                     widths=rule,
                                     epochs=self.epochs,
                                     schedule=schedule,
-                                    recipe=recipe,
+                                    recipe=self._recipe_of(method.name),
                                     seed=seed,
                                     split=self.split,
                                     train_subset=self.train_subset,
@@ -190,6 +213,18 @@ class StudyParameters(BaseModel):
                                 )
                             )
         return configs
+
+    def _block(self, block: dict[str, Any]) -> "StudyParameters":
+        """The study with a block's parameters laid over its own; what is none of its networks' is left out."""
+        values = self.model_dump(exclude_unset=True) | {"blocks": []} | block
+        own = {model: rules for model, rules in values.get("own_widths", {}).items() if model in values["models"]}
+        methods = values.get("methods", self.methods)
+        values["own_widths"] = {m: {n: rule for n, rule in rules.items() if n in methods} for m, rules in own.items()}
+        return validated(StudyParameters, values, f"the block {block}")
+
+    def _recipe_of(self, method: str) -> Recipe:
+        rate = {"lr": self.rates[method]} if method in self.rates else {}
+        return get_recipe(self.recipe, **self.recipe_overrides | rate)
 
     def _options(self, method: Method) -> dict[str, Any]:
         given = validated(method.Options, self.options.get(method.name, {}), f"the options of {method.name}")
