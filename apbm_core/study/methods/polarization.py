@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from apbm_core.costs import CostTable
 from apbm_core.study.methods.target import (
+    StrengthFor,
     bisect_setting,
     fold_constants,
     followers,
     keep_globally,
     parameter_target,
+    scaled_to_budget,
 )
 from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.models import prunable_convs
@@ -52,6 +54,7 @@ _SPARSE_RECIPE = {
     "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "steps",
     "milestones": (0.3, 0.6, 0.8), "gamma": 0.2, "warmup": 0.005, "label_smoothing": 0.0,
 }  # fmt: skip
+_PUBLISHED_EPOCHS = 200
 # published: 0.01 in epoch 0 of 200, then 0.1, x0.2 at 60, 120 and 160
 
 
@@ -75,6 +78,11 @@ class Options(BaseModel):
     minimum: int = Field(2, ge=1, description="filters that a layer keeps, whatever their scales")
     trials: int = Field(6, ge=1, description="search: settings of lambda to try, two more of t after them")
     trial_epochs: int = Field(1, ge=1, description="search: length of each trial training")
+    strength_for: StrengthFor = added(
+        "published",
+        if_absent="published",
+        description="whether lambda acts as strongly a step as published, or over the whole of this shorter training",
+    )
     course: Course = added(
         "restart",
         if_absent="restart",
@@ -213,6 +221,10 @@ def prune(task: Task) -> nn.Module:
         strength, t = _search(task, target, sparse_recipe)
 
     before, after = task.courses(options.course, sparse_epochs)
+    if options.strength_for == "budget":
+        published = task.recipe(_SPARSE_RECIPE), _PUBLISHED_EPOCHS
+        given = task.recipe(sparse_recipe), sparse_epochs
+        strength = scaled_to_budget(strength, published, given, len(task.split.train), before)
     model = start_scales(task.build())
     convs = prunable_convs(task.model_name)
     hooks = [Polarizer(sparse_norms(model, convs), strength, t)]

@@ -24,11 +24,13 @@ from torch.nn import functional as F
 
 from apbm_core.costs import CostTable
 from apbm_core.study.methods.target import (
+    StrengthFor,
     bisect_setting,
     cut_to_target,
     fold_constants,
     followers,
     parameter_target,
+    scaled_to_budget,
 )
 from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.models import prunable_convs
@@ -52,6 +54,7 @@ STARTS_FROM = "sparse"
 SCHEDULES = ("equal", "published")
 
 _CUT_AT = 2 / 3  # of the epochs, where a target is met by delta on the equal schedule
+_PUBLISHED_EPOCHS = 160
 _LOG_ALPHA_RANGE = (-6.0, 0.0)  # log10, for the search
 _PUBLISHED_RECIPE = {
     "batch_size": 64, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "schedule": "steps",
@@ -85,6 +88,17 @@ class Options(BaseModel):
     )
     trials: int = Field(6, ge=1, description="search for alpha: settings to try")
     trial_epochs: int = Field(1, ge=1, description="search for alpha: length of each trial training")
+    strength_for: StrengthFor = added(
+        "published",
+        if_absent="published",
+        description="whether alpha acts as strongly a step as published, or over the whole of this shorter training",
+    )
+    norm_start: float = added(
+        1.0,
+        if_absent=1.0,
+        gt=0,
+        description="where the BatchNorm scales start; 0.5 in the authors' code, which the paper does not mention",
+    )
     course: Course = added(
         "restart",
         if_absent="restart",
@@ -213,12 +227,18 @@ def prune(task: Task) -> nn.Module:
     cut_at = (options.cut_at or (1.0 if is_published else _CUT_AT)) if is_cut else 1.0
     shrinking_epochs = min(max(1, round(cut_at * epochs)), epochs)
     before, after = task.courses(options.course, shrinking_epochs)
-    model = add_skeletons(task.build())
+    if options.strength_for == "budget":
+        published = task.recipe(_PUBLISHED_RECIPE), _PUBLISHED_EPOCHS
+        given = task.recipe(recipe), shrinking_epochs
+        alpha = scaled_to_budget(alpha, published, given, len(task.split.train), before)
+    model = add_skeletons(start_norms(task.build(), options.norm_start))
     hooks = [ShrinkSkeletons(prunable, alpha, options.delta)]
     if any(phase.epochs for phase in task.phases):  # alpha was searched for: this training is the target's own
         task.train("sparse", model, shrinking_epochs, hooks, recipe, before)
     else:
         settings = {"alpha": alpha, "delta": options.delta}
+        if options.norm_start != 1:
+            settings["norm_start"] = options.norm_start
         task.train_shared("sparse", model, shrinking_epochs, hooks, recipe, before, settings)
 
     def choose() -> dict[str, Any]:
@@ -241,6 +261,15 @@ def prune(task: Task) -> nn.Module:
     cut(model, task.example_inputs, prunable, masks)
     task.train("finetune", model, epochs - shrinking_epochs, [FixedStripes(prunable)], recipe, after)
     return to_stripes(without_skeletons(model), task.example_inputs, masks)
+
+
+@torch.no_grad()
+def start_norms(model: nn.Module, start: float) -> nn.Module:
+    """Set every BatchNorm scale to ``start``, in place; returns ``model``."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.fill_(start)
+    return model
 
 
 def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> float:

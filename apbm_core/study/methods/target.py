@@ -10,6 +10,7 @@ in every network of ``apbm_core.study.networks.models``: convolution, norm, then
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from apbm_core.costs import CostTable
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import evaluation_mode
 from apbm_core.study.records import RunConfig
+from apbm_core.study.training.recipes import Recipe, learning_rate
 
 TOLERANCE = 0.005  # half a percentage point: how far from its target a cut may end
 
@@ -147,6 +149,40 @@ def keep_globally(
     kept, threshold = cut_to_target(protected, size, costs.parameters(), target)
     keep = {name: mask.nonzero().flatten().tolist() for name, mask in kept.items()}
     return keep, threshold, {n: len(kept) for n, kept in keep.items() if len(kept) == minimum < len(scores[n])}
+
+
+StrengthFor = Literal["published", "budget"]
+"""Whether a pull acts as strongly a step as published, or as strongly over the whole training."""
+
+
+def scaled_to_budget(
+    strength: float,
+    published: tuple[Recipe, int],
+    given: tuple[Recipe, int],
+    images: int,
+    course: tuple[float, float] = (0.0, 1.0),
+) -> float:
+    """``strength`` of a pull per step, such that it moves a weight as far in the given training as in the published.
+
+    A pull of constant strength moves a weight by strength * the sum of all steps' learning rates. Of the published
+    training CIFAR's 50,000 images are counted.
+
+    Args:
+        strength: the published one.
+        published: recipe and epochs of the published training.
+        given: recipe and epochs of this one.
+        images: that this one has in an epoch.
+        course: the part of the recipe's course that this one goes through.
+    """
+    whole = total_rate(*published, 50_000)
+    return strength * whole / total_rate(*given, images, course)
+
+
+def total_rate(recipe: Recipe, epochs: int, images: int, course: tuple[float, float] = (0.0, 1.0)) -> float:
+    """The sum of the learning rates of all steps of a training."""
+    steps = epochs * -(-images // recipe.batch_size)
+    begin, end = course
+    return sum(learning_rate(recipe, begin + (end - begin) * step / steps) for step in range(steps))
 
 
 def bisect_setting(

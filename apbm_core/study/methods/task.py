@@ -149,7 +149,7 @@ class Task:
         Raises:
             ConfigError: another training came before.
         """
-        recipe = self._recipe(phase, recipe_overrides)
+        recipe = self.recipe(recipe_overrides, phase)
         what = {"epochs": epochs, "method": self.config.method, "phase": phase, "settings": dict(settings or {})}
         return self._train_shared(phase, model, epochs, recipe, hooks, course, what)
 
@@ -212,12 +212,17 @@ class Task:
         """
         if epochs == 0:
             return None
-        recipe = self._recipe(phase, recipe_overrides)
+        recipe = self.recipe(recipe_overrides, phase)
         result = self._run(phase, model, epochs, recipe, self._folder, f"{self.config.id}/{phase}", hooks, course)
         self._record(phase, result, epochs)
         return result
 
-    def _recipe(self, phase: str, overrides: Mapping[str, Any] | None) -> Recipe:
+    def recipe(self, overrides: Mapping[str, Any] | None = None, phase: str = "") -> Recipe:
+        """The run's recipe with some settings replaced.
+
+        Raises:
+            ConfigError: a setting is unknown or not allowed.
+        """
         values = self.config.recipe.model_dump() | dict(overrides or {})
         return validated(Recipe, values, f"the recipe of phase {phase!r}")
 

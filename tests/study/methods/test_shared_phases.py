@@ -6,8 +6,11 @@ from fake_task import fake_task
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.methods import get_method
+from apbm_core.study.methods import polarization as polarization_module
+from apbm_core.study.methods import swp as swp_module
+from apbm_core.study.methods.target import scaled_to_budget, total_rate
 from apbm_core.study.methods.task import Task
-from apbm_core.study.training.recipes import learning_rate
+from apbm_core.study.training.recipes import get_recipe, learning_rate
 
 RIVALS = ("polarization", "swp")
 
@@ -86,3 +89,43 @@ def test_a_shared_phase_comes_first(tmp_path):
     task.train("own", task.build(), 1)
     with pytest.raises(ConfigError, match="shares its phase 'pretrain' between runs, so it has to come first"):
         task.pretrained()
+
+
+def test_a_pull_scaled_to_the_budget_moves_a_weight_as_far_as_the_published_training():
+    """The sums of the published learning rates by hand: SWP's 160 epochs of 782 steps, Polarization's 200 of 391."""
+    swp = get_recipe("paper", **swp_module._PUBLISHED_RECIPE)
+    assert total_rate(swp, 160, 50_000) == pytest.approx(160 * 782 * (0.1 * 0.5 + 0.01 * 0.25 + 0.001 * 0.25), rel=1e-3)
+    polar = get_recipe("paper", **polarization_module._SPARSE_RECIPE)
+    by_hand = 200 * 391 * (0.03 + 0.006 + 0.0008 + 0.00016)
+    assert total_rate(polar, 200, 50_000) == pytest.approx(by_hand, rel=0.02)  # less while it warms up
+    fast = get_recipe("fast")
+    scaled = scaled_to_budget(1e-5, (swp, 160), (fast, 8), 50_000)
+    assert scaled * total_rate(fast, 8, 50_000) == pytest.approx(1e-5 * total_rate(swp, 160, 50_000))
+    assert 15e-5 < scaled < 30e-5
+    part = total_rate(fast, 4, 50_000, (0.0, 0.5)) + total_rate(fast, 4, 50_000, (0.5, 1.0))
+    assert part == pytest.approx(total_rate(fast, 8, 50_000))
+
+
+@pytest.mark.parametrize(("method", "note"), [("polarization", "strength"), ("swp", "alpha")])
+def test_the_scaled_strength_is_used_and_noted(method, note, tmp_path):
+    published, _ = run(tmp_path / "published", method)
+    budget, _ = run(tmp_path / "budget", method, strength_for="budget")
+    assert budget.notes[note] > 1000 * published.notes[note]  # four steps to do the work of a hundred thousand
+
+
+def test_what_a_norm_remembers_at_the_cut_is_forgotten_in_fine_tuning(tmp_path):
+    """So recalibrating norms after a cut changes nothing that is trained, and next to nothing after an epoch."""
+    task = fake_task(tmp_path, "scratch", "resnet20", get_method("scratch").Options(), 3, 0.5, images=8)
+    as_cut, recalibrated = task.build(), task.build()
+    for module in recalibrated.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.add_(1.0)
+    task.train("one", as_cut, 3)
+    task.phases.clear()  # so that the second sees the same batches
+    task.train("two", recalibrated, 3)
+    steps = 6
+    for (name, one), other in zip(as_cut.state_dict().items(), recalibrated.state_dict().values(), strict=True):
+        if name.endswith("running_mean"):
+            assert torch.allclose(other - one, torch.full_like(one, 0.9**steps), atol=1e-4)
+        else:
+            assert torch.equal(one, other), name
