@@ -32,7 +32,7 @@ unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce report test test-slow lint format bench docs lab lock clean distclean
+.PHONY: help setup reproduce report test test-slow lint format bench setup-cluster docs lab lock clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,10 @@ format: setup ## Format the sources, and repair what the style check can repair
 
 bench: setup ## Measure the throughput of training and the latency of the networks on this machine
 	$(PY) -m apbm_core.study.bench
+
+setup-cluster: setup ## Add Ray to .venv, for PARAMS="engine=ray" (docs/clusters.md)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-build-isolation \
+	--editable '.[cluster]'
 
 docs: setup ## Render the API's pages and the texts of docs/ into results/api
 	$(PY) docs/build.py results/api

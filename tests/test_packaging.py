@@ -178,3 +178,23 @@ def test_core_alone_compresses_a_network(wheel, tmp_path):
     done = bare.run(python, "-I", "-W", "error::DeprecationWarning:apbm_core", "-c", USE_THE_CORE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"version {apbm_core.__version__}\n"
+
+
+@pytest.mark.slow
+def test_study_runs_and_merges_without_jupyter(wheel, tmp_path):
+    """`python -m apbm_core.study.grid` with the extra [study] alone, as on a machine of a cluster."""
+    python = bare.make_environment(tmp_path / "study", wheel, ["study"])
+    profiles = tmp_path / "notebooks" / "profiles"
+    profiles.mkdir(parents=True)
+    (profiles / "tiny.yaml").write_text(
+        "dataset: digits\nmodels: [resnet20]\nmethods: [scratch]\ntargets: {resnet20: [0.5]}\nepochs: 1\n"
+        "train_subset: 20\ntest_subset: 20\nrecipe_overrides: {batch_size: 5, precision: float32, lowering: off}\n"
+        "device: cpu\nworkers: 1\n"
+    )
+    check = "import importlib.util as u; print([n for n in ('IPython', 'nbformat', 'papermill') if u.find_spec(n)])"
+    assert bare.run(python, "-c", check, cwd=tmp_path).stdout == "[]\n"
+    done = bare.run(python, "-m", "apbm_core.study.grid", "--profile", "tiny", "--results", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "All 1 runs are recorded" in done.stdout
+    merged = bare.run(python, "-m", "apbm_core.study.grid", "merge", "elsewhere", "results/tiny", cwd=tmp_path)
+    assert merged.returncode == 0 and "1 records added" in merged.stdout, merged.stderr

@@ -2,17 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apbm_core.errors import ApbmError, RecordError
 from apbm_core.files import remove_stale_temporaries, sha256, write_atomically
 from apbm_core.study.training.recipes import Recipe
+from apbm_core.study.training.stopping import Stopped
 from apbm_core.study.validation import describe_validation_error
 
 FORMAT = 1
@@ -171,15 +172,22 @@ class ResultsFolder:
         return FileLock(self.work / f"{name}.lock")
 
     @contextmanager
-    def exclusively(self, name: str) -> Iterator[None]:
+    def exclusively(self, name: str, stop: Callable[[], bool] | None = None) -> Iterator[None]:
         """Hold the lock on one run or pre-training; what a killed process left half written of it is removed first.
+
+        While another process holds it this one waits, as long as ``stop``, if it is given, does not say yes.
 
         Raises:
             ApbmError: the folder cannot be written.
+            Stopped: ``stop`` said yes.
         """
         try:
             lock = self.lock(name)
-            lock.acquire()
+            while not lock.is_locked:
+                with suppress(Timeout):
+                    lock.acquire(timeout=-1 if stop is None else 0.2)
+                if not lock.is_locked and stop is not None and stop():
+                    raise Stopped(f"stopped while another process had {name} in hand.")
         except OSError as error:
             raise ApbmError(
                 f"cannot write to {self.path}: {error.strerror or error}. Free some space or choose a folder you may "

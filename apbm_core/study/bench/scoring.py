@@ -100,7 +100,9 @@ def _memory(settings: Settings) -> Table:
     d = 9 * _MEMORY_INPUTS
     sizes = _MEMORY_SIZES[: 1 if settings.quick else None]
     jobs = [(n, d, str(settings.device)) for n in sizes]
-    for index, extra, error in run_side_by_side(extra_memory, jobs, 2, settings.threads, lambda *_: None):
+    for index, extra, error in run_side_by_side(
+        extra_memory, partial(next, iter(jobs), None), 2, settings.threads, lambda *_: None
+    ):
         if error is not None:
             raise error
         n = sizes[index]

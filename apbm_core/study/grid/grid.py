@@ -4,24 +4,22 @@ study = Study.of(dataset="digits", models=["resnet20"], methods=["apbm", "l1"], 
 records = study.run()
 """
 
-import itertools
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from apbm_core.errors import ApbmError, DataError
 from apbm_core.study.data.datasets import DataSplit, ImageDataset, load_dataset
+from apbm_core.study.grid.budget import Budget
 from apbm_core.study.grid.calibration import Calibration, ensure, read
 from apbm_core.study.grid.parameters import StudyParameters
-from apbm_core.study.grid.run import execute
-from apbm_core.study.grid.workers import plan_workers, run_side_by_side
+from apbm_core.study.grid.work import Work
+from apbm_core.study.grid.workers import plan_workers
 from apbm_core.study.methods import get_method
 from apbm_core.study.records import OWN, ResultsFolder, RunConfig, RunRecord
 from apbm_core.study.training.device import pick_device
@@ -154,13 +152,13 @@ class Study:
             configs = [*self.configs(), *self.equal_time_configs()]
         return [record for record in map(self.results.read, configs) if record is not None]
 
-    def equal_time_configs(self) -> list[RunConfig]:
+    def equal_time_configs(self, records: Iterable[RunRecord] | None = None) -> list[RunConfig]:
         """Runs from scratch with as many epochs as fit into the training time of l1's record, pre-training counted.
 
         Runs with widths of their own have none, nor has one that would have as many epochs as at equal epochs: it
         would be the same run. Nor has one whose seconds cannot be compared with l1's: see :meth:`without_equal_time`.
         """
-        planned = [_with_time_of(reference, record) for record, reference in self._with_references()]
+        planned = [_with_time_of(reference, record) for record, reference in self._with_references(records)]
         return [config for config in planned if config is not None and config.epochs != self.parameters.epochs]
 
     def equal_time_stand_ins(self) -> list[RunConfig]:
@@ -174,11 +172,11 @@ class Study:
         other conditions."""
         return [(run, reference) for run, reference in self._with_references() if run.timed_on != reference.timed_on]
 
-    def _with_references(self) -> list[tuple[RunRecord, RunRecord]]:
+    def _with_references(self, records: Iterable[RunRecord] | None = None) -> list[tuple[RunRecord, RunRecord]]:
         """The records that equal-time runs follow from, each with l1's record that gives the time."""
         if "equal-time" not in self.parameters.schedules:
             return []
-        records = self.records(self.configs())
+        records = self.records(self.configs()) if records is None else records
         shared = self.parameters.widths
         records = [r for r in records if r.config.widths == shared and r.config.schedule == "equal"]
         references = {(r.config.model, r.config.target, r.config.seed): r for r in records if r.config.method == "l1"}
@@ -189,18 +187,21 @@ class Study:
                 pairs.append((record, reference))
         return pairs
 
-    def run(self, configs: Sequence[RunConfig] | None = None) -> list[RunRecord]:
+    def run(self, configs: Sequence[RunConfig] | None = None, budget: Budget | None = None) -> list[RunRecord]:
         """Execute what is not recorded yet, side by side, and return the records of ``configs`` (default: everything).
 
+        Args:
+            configs: some of the study's runs.
+            budget: until when; by default as long as the parameters' ``minutes`` say.
+
         Raises:
+            Stopped: the time is up, or the process was asked to end; what was under way goes on the next time.
             ApbmError: runs failed (the others are finished and recorded first), or none is recorded when only records
                 are to be read.
         """
-        if configs is None:
-            self.run(self.configs())
-            configs = [*self.configs(), *self.equal_time_configs()]
-        missing = [config for config in configs if self.results.read(config) is None]
         if self.records_only:
+            configs = [*self.configs(), *self.equal_time_configs()] if configs is None else configs
+            missing = [config for config in configs if self.results.read(config) is None]
             if missing and len(missing) == len(configs):
                 raise ApbmError(
                     f"none of {len(configs)} runs is recorded in {self.results.path}, neither {missing[0].id} nor the "
@@ -208,33 +209,11 @@ class Study:
                     f"RESULTS={self.results.path.parent}"
                 )
             return self.records(configs)
-        if missing:
-            self._execute(_spread(missing))
-        for config in configs:
+        work = Work(self, configs, Budget.of(self.parameters.minutes) if budget is None else budget)
+        work.carry_out()
+        for config in work.wanted():
             self.results.remove_work(config)
-        return self.records(configs)
-
-    def _execute(self, configs: list[RunConfig]) -> None:
-        device = self.device
-        workers, threads = plan_workers(self.parameters.workers, len(configs), device)
-        jobs = [(config, str(self.results.path), str(device), workers) for config in configs]
-        failed: dict[str, BaseException] = {}
-        started = time.perf_counter()
-        with tqdm(total=len(jobs), unit="run", leave=False) as bar:
-            for index, record, error in run_side_by_side(
-                execute, jobs, workers, threads, lambda i, said: bar.set_postfix_str(f"{configs[i].id}: {said}")
-            ):
-                bar.update()
-                if error is not None:
-                    failed[configs[index].id] = error
-                else:
-                    accuracy = record.test_accuracy if record.test_accuracy is not None else record.val_accuracy
-                    print(f"{record.id:<46} accuracy {100 * accuracy:5.2f} %   {record.seconds:7.1f} s of training")
-        print(f"{len(jobs) - len(failed)} runs in {time.perf_counter() - started:.0f} s, {workers} at a time.")
-        if failed:
-            bug = next((error for error in failed.values() if not isinstance(error, ApbmError)), None)
-            reasons = "\n".join(f"  {name}: {type(error).__name__}: {error}" for name, error in failed.items())
-            raise ApbmError(f"{len(failed)} of {len(jobs)} runs failed; the others are recorded.\n{reasons}") from bug
+        return self.records(work.wanted())
 
 
 def _with_time_of(reference: RunRecord, record: RunRecord) -> RunConfig | None:
@@ -243,30 +222,6 @@ def _with_time_of(reference: RunRecord, record: RunRecord) -> RunConfig | None:
         return None
     epochs = max(1, int(reference.seconds / (record.seconds / record.config.epochs)))
     return record.config.model_copy(update={"schedule": "equal-time", "epochs": epochs})
-
-
-def _spread(configs: list[RunConfig]) -> list[RunConfig]:
-    """An order in which two workers rarely wait for each other, one network, data set and seed after the other.
-
-    The first run of each shared training, of the dense network or of a method's own, does it; the others that need it
-    come last.
-    """
-    spread = []
-    for _, part in itertools.groupby(configs, lambda config: (config.dataset, config.model, config.seed)):
-        seen: set[str] = set()
-        first, others, waiting = [], [], []
-        for config in part:
-            starts_from = get_method(config.method).starts_from
-            shared = config.method if starts_from == "sparse" else starts_from
-            if starts_from == "scratch":
-                others.append(config)
-            elif shared in seen:
-                waiting.append(config)
-            else:
-                seen.add(shared)
-                first.append(config)
-        spread += [*first, *others, *waiting]
-    return spread
 
 
 @lru_cache(maxsize=2)

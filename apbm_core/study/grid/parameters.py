@@ -63,6 +63,13 @@ class StudyParameters(BaseModel):
     )
     method_images: int = Field(12_800, ge=64, description="01_method: training images its example network sees")
     workers: int = Field(0, ge=0, le=64, description="runs side by side; 0: one a core, at most four; one on a GPU")
+    engine: Literal["processes", "ray"] = Field("processes", description="what carries out the runs: docs/clusters.md")
+    address: str | None = Field(
+        None, description="engine ray: the cluster's address, 'auto' for the one around; None: here"
+    )
+    minutes: float | None = Field(
+        None, gt=0, description="stop where it can go on after so long; the same command goes on. None: run to the end"
+    )
     device: str = Field("auto", description=f"where to compute: {', '.join(DEVICES)}")
 
     @classmethod

@@ -1,10 +1,12 @@
 """One run from its configuration to its record."""
 
+import math
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib import metadata
@@ -23,16 +25,25 @@ from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.storage import save_compact, widths_of
 from apbm_core.study.options import completed
 from apbm_core.study.records import ResultsFolder, RunConfig, RunRecord
-from apbm_core.study.training.device import describe_device
+from apbm_core.study.training.device import describe_device, deterministic
 from apbm_core.study.training.evaluation import evaluate
 from apbm_core.study.training.hooks import Context
+from apbm_core.study.training.stopping import StopAt
 from apbm_core.study.validation import validated
+
+DETERMINISTIC = "APBM_DETERMINISTIC"
+"""Set to 1, this variable makes runs on CUDA repeatable bit for bit (and slower): see :func:`deterministic`."""
 
 _PACKAGES = ("torch", "torchvision", "torch-pruning", "numpy")
 
 
 def execute(
-    config: RunConfig, folder: str, device: str, side_by_side: int, report: Callable[[str], None] | None = None
+    config: RunConfig,
+    folder: str,
+    device: str,
+    side_by_side: int,
+    stop_at: float = math.inf,
+    report: Callable[[str], None] | None = None,
 ) -> RunRecord:
     """Carry out one run, or read its record if it has one; at the end it is recorded and its work folder is gone.
 
@@ -41,30 +52,38 @@ def execute(
         folder: ``results/<profile>``.
         device: where to compute.
         side_by_side: how many runs share the machine, for the record.
+        stop_at: the moment, in seconds since the epoch, at which to stop where the run can go on.
         report: told where the run stands.
 
     Raises:
+        Stopped: at that moment, or when the process was asked to end.
         ApbmError: of whatever kind describes what went wrong; the run's checkpoints stay, so that it can go on.
     """
-    results, say = ResultsFolder(folder), report or (lambda text: None)
-    with results.exclusively(config.id):
+    results, say, stop = ResultsFolder(folder), report or (lambda text: None), StopAt(stop_at)
+    with results.exclusively(config.id, stop):
         record = results.read(config)
         if record is None:
-            record = _carry_out(config, results, torch.device(device), side_by_side, say)
+            with deterministic(torch.device(device)) if _is_deterministic() else nullcontext():
+                record = _carry_out(config, results, torch.device(device), side_by_side, say, stop)
             results.write(record)
         shutil.rmtree(results.work_folder(config.id), ignore_errors=True)
     return record
 
 
 def _carry_out(
-    config: RunConfig, results: ResultsFolder, device: torch.device, side_by_side: int, say: Callable[[str], None]
+    config: RunConfig,
+    results: ResultsFolder,
+    device: torch.device,
+    side_by_side: int,
+    say: Callable[[str], None],
+    stop: StopAt,
 ) -> RunRecord:
     started = _now()
     method = get_method(config.method)
     options = validated(method.Options, completed(method.Options, config.options), f"the options of {config.method}")
     dataset = _dataset(config.dataset)
     split = dataset.split(config.split, config.seed, config.train_subset, config.test_subset)
-    task = Task(config, split, results, options, device, lambda phase, context: say(_describe(phase, context)))
+    task = Task(config, split, results, options, device, lambda phase, context: say(_describe(phase, context)), stop)
     model = method.prune(task)
     precision = {name: task.training_facts[name] for name in ("precision", "channels_last")}
 
@@ -98,6 +117,10 @@ def _carry_out(
         data_source=dataset.source,
         num_classes=split.num_classes,
     )
+
+
+def _is_deterministic() -> bool:
+    return os.environ.get(DETERMINISTIC) == "1"
 
 
 def _describe(phase: str, context: Context) -> str:

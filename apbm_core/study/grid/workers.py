@@ -1,13 +1,14 @@
 """Runs side by side: a pool of processes that report where they stand and die with their parent."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from apbm_core.errors import ApbmError
+from apbm_core.study.training import stopping
 
 _POLL_SECONDS = 0.3
 
@@ -36,49 +38,70 @@ def plan_workers(workers: int, jobs: int, device: torch.device) -> tuple[int, in
 
 def run_side_by_side(
     function: Callable[..., Any],
-    jobs: Sequence[tuple],
+    next_job: Callable[[], tuple | None],
     workers: int,
     threads: int,
     report: Callable[[int, Any], None],
 ) -> Iterator[tuple[int, Any, BaseException | None]]:
     """Call ``function(*job, report)`` for every job, ``workers`` at a time; yield (index, result, error) as they end.
 
-    Jobs are started in order. With one worker they run in this process. An error of one job does not stop the others;
-    an interrupt stops them all, and so does the death of this process, however it dies.
+    With one worker they run in this process. An error of one job does not stop the others; an interrupt stops them all,
+    and so does the death of this process, however it dies. When the process was asked to end (see
+    :mod:`apbm_core.study.training.stopping`), so are the workers, and what they have in hand is waited for.
 
     Args:
         function: importable by name; its last argument is a callable that takes what ``report`` shall see.
-        jobs: the other arguments.
+        next_job: the next job's other arguments, or None if there is none now; asked whenever a worker is free, so that
+            a job may follow from the results of earlier ones. Jobs are counted from 0 as they are handed out.
         workers, threads: see :func:`plan_workers`.
         report: called in this process with (index of the job, what it said).
     """
     if workers == 1:
         torch.set_num_threads(threads)
-        for index, job in enumerate(jobs):
+        for index in itertools.count():
+            job = next_job()
+            if job is None:
+                return
             try:
-                yield index, function(*job, lambda said, index=index: report(index, said)), None
+                outcome = function(*job, lambda said, index=index: report(index, said)), None
             except Exception as error:
-                yield index, None, error
-        return
+                outcome = None, error
+            yield index, *outcome
 
     context = multiprocessing.get_context("spawn")
-    said = context.SimpleQueue()
+    said, numbers, futures = context.SimpleQueue(), itertools.count(), {}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads, said))
-    with _threads_in_environment(threads):
-        futures: dict[Future, int] = {pool.submit(_call, function, job, index): index for index, job in enumerate(jobs)}
+
+    def hand_out() -> None:
+        with _threads_in_environment(threads):  # a submission may start a process
+            while len(futures) < workers and (job := next_job()) is not None:
+                index = next(numbers)
+                try:
+                    futures[pool.submit(_call, function, job, index)] = index
+                except BrokenProcessPool:  # a worker died; what was in hand is yielded with that error
+                    return
+
+    passed_on = False
     try:
+        hand_out()
         while futures:
             done, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            if stopping.is_asked() and not passed_on:
+                passed_on = True
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
             while not said.empty():
                 report(*said.get())
             for future in done:
                 index, error = futures.pop(future), future.exception()
                 yield index, None if error else future.result(), _killed(error) or error
+            if done:
+                hand_out()
     except BaseException:  # an interrupt, or the caller gave up
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.terminate()
+            process.kill()
         raise
     pool.shutdown()
 
@@ -101,6 +124,7 @@ def _begin(threads: int, said) -> None:
     _queue = said
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    signal.signal(signal.SIGTERM, stopping.ask)
     parent = multiprocessing.parent_process()
 
     def die_with_parent() -> None:

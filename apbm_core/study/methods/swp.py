@@ -148,7 +148,7 @@ class ShrinkSkeletons(FixedStripes):
             skeleton = layer.skeleton
             alive = layer.mask & (skeleton.abs() > self.delta)
             if norm is not None:
-                alive.view(-1)[skeleton.abs().argmax()] = True
+                alive.view(-1).index_fill_(0, skeleton.abs().argmax().view(1), True)  # not [...]: it would wait for it
             skeleton.grad.add_(skeleton.sign(), alpha=self.alpha)
             layer.set_mask(alive)
             skeleton.grad.mul_(alive)

@@ -44,6 +44,7 @@ class Task:
         options: the method's settings, already validated.
         device: where to compute.
         progress: told, several times an epoch, where the run stands.
+        stop: asked after each step whether to stop there, to go on another time.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Task:
         options: BaseModel,
         device: torch.device,
         progress: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
+        self._stop = stop
         self.config, self.split, self.options, self.device = config, split, options, device
         self.model_name, self.num_classes = config.model, split.num_classes
         self.phases: list[PhaseRecord] = []
@@ -190,7 +193,7 @@ class Task:
         course: tuple[float, float],
     ) -> TrainingResult:
         """Train ``model``, or take over what another run has trained under this name."""
-        with self._results.exclusively(name):
+        with self._results.exclusively(name, self._stop):
             return self._run(name, model, epochs, recipe, self._results.work_folder(name), name, hooks, course)
 
     def train(
@@ -279,6 +282,7 @@ class Task:
             identity=identity,
             progress=self._progress and (lambda context: self._progress(phase, context)),
             course=course,
+            stop=self._stop,
         )
 
     def _record(self, phase: str, result: TrainingResult, epochs: int, shared: bool = False) -> None:

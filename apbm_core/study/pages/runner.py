@@ -37,12 +37,15 @@ from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import grid as study_module
 from apbm_core.study.grid import parameters
+from apbm_core.study.grid.budget import STARTED
 from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
 from apbm_core.study.pages import front, html_page, render
 from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
 from apbm_core.study.report.frames import beside_published
+from apbm_core.study.training import stopping
+from apbm_core.study.training.stopping import Stopped
 
 
 class NotebookFailed(ApbmError):
@@ -149,6 +152,8 @@ def _run(study: Study, source: Source, warned: set[str]) -> float:
     except (PapermillExecutionError, DeadKernelError) as error:
         if getattr(error, "ename", "") == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
+        if getattr(error, "ename", "") == "Stopped":
+            raise Stopped(error.evalue) from error
         write_atomically(failed, render.to_text(_read_clean(aside, source, study.root)))
         raise NotebookFailed(
             f"{source.name}: {_sentence(error)}\n"
@@ -169,6 +174,19 @@ def _run(study: Study, source: Source, warned: set[str]) -> float:
     if failed.parent.is_dir() and not any(failed.parent.iterdir()):
         failed.parent.rmdir()
     return time.perf_counter() - start
+
+
+def _train_first(study: Study) -> None:
+    """Where a study is to end in time, carry out its runs before any notebook: this process is the one that is asked to
+    end, and it saves what is under way."""
+    effective = lay_over(load_profile(study.root, study.profile), study.changes).parameters
+    if effective.minutes is None or "04_compare" not in [source.name for source in study.notebooks]:
+        return
+    before = signal.signal(signal.SIGTERM, stopping.ask)
+    try:
+        study_module.Study(effective, study.folder, records_only=False).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _set_beside_published(study: Study) -> bool:
@@ -291,7 +309,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> int:
-    """The command line. Returns the exit code: 0, 1 for an error that the user can mend, 130 when interrupted."""
+    """The command line. Returns the exit code: 0, 1 for an error that the user can mend, 75 when the minutes are
+    over and the same command goes on, 130 when interrupted."""
     options = parse(arguments)
     root = (root or Path(__file__).parents[3]).resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the kernels too, and says how to go on
@@ -307,8 +326,14 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
         if options.command == "calibrate":
             _calibrate(study)
             return 0
-        print(f"Open {displayed(reproduce(study, options.command == 'report'), root)}")
+        with _environment({STARTED: str(time.time())}):
+            if options.command == "run":
+                _train_first(study)
+            print(f"Open {displayed(reproduce(study, options.command == 'report'), root)}")
         return 0
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stopping.GO_ON
     except ApbmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, the same course from the same start, bit for bit on the same card and versions; slower.
+
+    Set ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` before the process first uses the card; torch raises an error without it.
+    A CPU computes the same with the same number of threads anyway.
+    """
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The state of torch's global generators: the CPU's and, if it is another, ``device``'s."""
     states = {"cpu": torch.get_rng_state()}
@@ -160,7 +179,14 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return {
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":  # what float32 means there: TF32 keeps 10 bits of a factor's mantissa
+        facts["tf32"] = {
+            "convolutions": torch.backends.cudnn.allow_tf32,
+            "matrix_products": torch.backends.cuda.matmul.allow_tf32,
+        }
+        facts["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return facts | {
         "type": device.type,
         "device": name,
         "cores": os.cpu_count(),

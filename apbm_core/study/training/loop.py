@@ -32,6 +32,7 @@ from apbm_core.study.training.meters import Stopwatch, Tally
 from apbm_core.study.training.optimizer import build_optimizer
 from apbm_core.study.training.precision import resolve_precision
 from apbm_core.study.training.recipes import Recipe, learning_rate
+from apbm_core.study.training.stopping import Stopped
 
 _ROW = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "images_per_second")
 _STEPS_BETWEEN_LOSS_CHECKS = 50  # on accelerators; a CPU is asked at every step
@@ -67,6 +68,7 @@ def train(
     checkpoint_steps: int | None = None,
     progress: Callable[[Context], None] | None = None,
     course: tuple[float, float] = (0.0, 1.0),
+    stop: Callable[[], bool] | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on ``split.train``; ``split.val`` is measured after each epoch, ``split.test`` never.
 
@@ -93,11 +95,13 @@ def train(
         progress: called after each step, an epoch's last one once its row is in ``context.history``.
         course: the part of the recipe's learning-rate course, as shares of it, that these epochs go through; for a
             method that trains in several parts what is one training to the recipe.
+        stop: asked after each step, and so never before the first; if it says yes, the state is saved.
 
     Raises:
         ConfigError: the arguments do not fit together.
         CheckpointError: the checkpoint is damaged or another training's.
         TrainingDiverged: the loss or a parameter is no longer finite; the last good checkpoint stays.
+        Stopped: ``stop`` said so, and there are steps left.
     """
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ConfigError(f"epochs = {epochs!r} must be a whole number of at least 1.")
@@ -116,6 +120,7 @@ def train(
     )
     seed_everything(seed)
     training = _Training(model, split, source, recipe, epochs, device, tuple(hooks), file, course)
+    training.stop = stop or training.stop
     with lowered(model, training.lowered):
         while training.context.epoch < epochs:
             training.train_epoch(progress or (lambda context: None))
@@ -154,6 +159,7 @@ class _Training:
         self.forward = CompiledForward(model) if recipe.compile else model
         self.guard = LossGuard(device, 1 if device.type == "cpu" else _STEPS_BETWEEN_LOSS_CHECKS)
         self.tally, self.stopwatch = Tally(device), Stopwatch(device)
+        self.stop: Callable[[], bool] = lambda: False
         self.epoch_started = 0.0  # the stopwatch's seconds
         self.evaluation_seconds, self.images, self.peak_memory = 0.0, 0, 0
         if device.type == "cuda":
@@ -181,11 +187,14 @@ class _Training:
             self.train_step(images, labels)
             context.step += 1
             if context.step < context.steps_per_epoch:
-                if self.file.is_due(context.step):
+                is_last = self.stop()
+                if is_last or self.file.is_due(context.step):
                     self.raise_if_diverged(images)
                     with self.stopwatch.paused():
                         self.save()
                 report(context)
+                if is_last:
+                    raise self.stopped()
         self.raise_if_diverged(images)
         row = {"epoch": context.epoch, "lr": context.optimizer.param_groups[0]["lr"]}
         row |= {"train_loss": self.tally.mean_loss, "train_accuracy": self.tally.accuracy}
@@ -198,6 +207,13 @@ class _Training:
         self.peak_memory = max(self.peak_memory, peak_memory_bytes(self.device))
         self.save()
         report(context)
+        if context.epoch < context.epochs and self.stop():
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """The error that ends a training whose state was saved."""
+        context, kept = self.context, f"; {self.file.path} holds where it stands" if self.file.exists else ""
+        return Stopped(f"stopped in epoch {context.epoch} of {context.epochs}, before step {context.step}{kept}.")
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update for one batch."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from apbm_core.errors import ConfigError
-from apbm_core.study.grid.grid import _spread
+from apbm_core.study.grid.budget import in_order
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.profiles import lay_over, load_profile
 
@@ -39,7 +39,7 @@ def test_blocks_run_in_their_order_one_seed_of_all_before_the_next():
         ("slice", 0.7, "uniform"),
     ]
     assert len({c.id for c in configs}) == len(configs)
-    assert list(dict.fromkeys((c.seed, c.dataset) for c in _spread(configs))) == list(
+    assert list(dict.fromkeys((c.seed, c.dataset) for c in in_order(configs))) == list(
         dict.fromkeys((c.seed, c.dataset) for c in configs)
     )
 

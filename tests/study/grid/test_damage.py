@@ -169,7 +169,7 @@ def test_a_damaged_record_is_refused_before_anything_runs_and_deleting_it_helps(
     path = again.results.record_path(records["fpgm"].config)
     path.write_text(damage(path.read_text()))
     with monkeypatch.context() as patch:
-        patch.setattr("apbm_core.study.grid.grid.execute", lambda *arguments: pytest.fail("a run was started"))
+        patch.setattr("apbm_core.study.grid.work.execute", lambda *arguments: pytest.fail("a run was started"))
         with pytest.raises(RecordError, match=words) as error:
             again.run()
     assert path.name in str(error.value) and "delete it and the run is repeated" in str(error.value)

@@ -71,7 +71,7 @@ def test_notebooks_killed_while_they_execute_and_render_end_as_if_undisturbed(tm
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A study of one run that is recorded: (study, its only configuration)."""
-    monkeypatch.setattr("apbm_core.study.grid.grid.plan_workers", lambda *arguments: (1, 1))
+    monkeypatch.setattr("apbm_core.study.grid.work.plan_workers", lambda *arguments: (1, 1))
     study = Study.of(tmp_path / "grid", **GRID | {"methods": ["scratch"], "epochs": 1, "workers": 1})
     return study, study.run()[0].config
 

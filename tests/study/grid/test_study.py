@@ -14,7 +14,8 @@ import torch
 
 from apbm_core.counting import count_macs
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
-from apbm_core.study.grid.grid import Study, _spread
+from apbm_core.study.grid.budget import in_order
+from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.workers import plan_workers, run_side_by_side
 from apbm_core.study.methods import default_methods, get_method, label
@@ -102,7 +103,7 @@ def test_what_is_recorded_is_not_run_again(finished, monkeypatch):
     def never(*arguments, **keywords):
         raise AssertionError("a recorded run was executed")
 
-    monkeypatch.setattr("apbm_core.study.grid.grid.execute", never)
+    monkeypatch.setattr("apbm_core.study.grid.work.execute", never)
     assert study.run() == records
 
 
@@ -365,7 +366,7 @@ def test_the_tables_of_04_have_the_time_of_every_phase(finished, tmp_path):
 
 
 def test_the_shared_pretraining_is_started_by_one_run(finished):
-    order = [config.method for config in _spread(finished[0].configs())]
+    order = [config.method for config in in_order(finished[0].configs())]
     assert order[0] == "hrank" and set(order[-3:]) == {"l1", "fpgm", "random"}
 
 
@@ -386,7 +387,9 @@ def double(x, report):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_side_by_side_yields_every_result_and_every_error(workers):
-    found = {i: (result, error) for i, result, error in run_side_by_side(double, [(1,), (3,), (5,)], workers, 1, print)}
+    jobs = iter([(1,), (3,), (5,)])
+    ended = run_side_by_side(double, lambda: next(jobs, None), workers, 1, print)
+    found = {i: (result, error) for i, result, error in ended}
     assert found[0] == (2, None) and found[2] == (10, None)
     assert found[1][0] is None and str(found[1][1]) == "three"
 

@@ -42,7 +42,7 @@ def written(path: Path, text: str) -> str:
 def one_thread_each():
     """However many cores there are: fast for so small a network, and the same numbers in one process and in two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apbm_core.study.grid.grid.plan_workers", lambda workers, jobs, device: (min(workers, jobs), 1))
+        patch.setattr("apbm_core.study.grid.work.plan_workers", lambda workers, jobs, device: (min(workers, jobs), 1))
         yield
 
 
