@@ -11,7 +11,7 @@ import pyarrow.parquet
 import torchvision
 from PIL import Image
 
-from apbm_core.study.data.cifar import PUBLISHED
+from apbm_core.study.data.named import NAMED
 
 
 def make_pixels(count, seed, size=32):
@@ -60,7 +60,7 @@ def write_image_folder(root, name="shapes", classes=("circle", "square"), per_cl
 
 def write_torchvision(root, monkeypatch, name="cifar10", per_file=10):
     """Torchvision's pickles, with its MD5 sums replaced by theirs; returns {"train": (pixels, labels), "test": ...}."""
-    dataset_class = getattr(torchvision.datasets, PUBLISHED[name].torchvision_class)
+    dataset_class = getattr(torchvision.datasets, NAMED[name].torchvision_class)
     folder = Path(root) / dataset_class.base_folder
     folder.mkdir(parents=True)
     content = {}
@@ -83,6 +83,6 @@ def write_torchvision(root, monkeypatch, name="cifar10", per_file=10):
         monkeypatch.setattr(dataset_class, f"{split}_list", sums)
         content[split] = np.concatenate(pixels), np.array(labels)
     meta = dict(dataset_class.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: list(PUBLISHED[name].classes)})
+    meta["md5"] = write(meta["filename"], {meta["key"]: list(NAMED[name].classes)})
     monkeypatch.setattr(dataset_class, "meta", meta)
     return content

@@ -1,7 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published: what a complete copy holds, and torchvision's layout and download of it.
-
-Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
-"""
+"""CIFAR in torchvision's layout: found, read and downloaded."""
 
 import contextlib
 import http.client
@@ -10,7 +7,6 @@ import shutil
 import socket
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,64 +15,14 @@ from filelock import FileLock
 
 from apbm_core.errors import DataError
 from apbm_core.study.data.images import Images
+from apbm_core.study.data.named import NAMED
 
-SIZE = (32, 32)
 STALLED_AFTER = 30  # seconds without a byte before a download is given up; torchvision's own would wait for ever
 
 
-@dataclass(frozen=True)
-class Published:
-    """What is known of a published data set.
-
-    Attributes:
-        title: its name in a sentence.
-        classes: class names in the order of the labels.
-        label_column: the labels' column in the Hugging Face layout.
-        counts: training and test images in the complete set.
-        torchvision_class: its class in ``torchvision.datasets``.
-        fingerprints: ``images.fingerprint`` of the complete training and test set, where known.
-    """
-
-    title: str
-    classes: tuple[str, ...]
-    label_column: str
-    counts: tuple[int, int]
-    torchvision_class: str
-    fingerprints: tuple[str, str] | None = None
-
-
-_CIFAR100_CLASSES = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
-forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
-mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-willow_tree wolf woman worm
-"""
-
-PUBLISHED = {
-    "cifar10": Published(
-        title="CIFAR-10",
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        label_column="label",
-        counts=(50_000, 10_000),
-        torchvision_class="CIFAR10",
-        # Of the copy whose training mean is 0.49139968, 0.48215841, 0.44653091 and standard deviation 0.24703223,
-        # 0.24348513, 0.26158784: to all digits the values in common use for the original.
-        fingerprints=(
-            "d59acf989e068e709ce686cda292672c7b212c08d29d3d3e6d8c3aa99eba6a85",
-            "899683d46c3a8c66fd56e1af12202e69fe5a4517be10b0f68e04c78fe585c57c",
-        ),
-    ),
-    "cifar100": Published(
-        title="CIFAR-100",
-        classes=tuple(_CIFAR100_CLASSES.split()),
-        label_column="fine_label",
-        counts=(50_000, 10_000),
-        torchvision_class="CIFAR100",
-    ),
-}
+def is_torchvisions(name: str) -> bool:
+    """Whether torchvision has the data set ``name``."""
+    return name in NAMED and NAMED[name].torchvision_class is not None
 
 
 def torchvision_folder(name: str, root: Path) -> Path:
@@ -138,7 +84,7 @@ def download(name: str, root: Path) -> None:
 def _torchvision_class(name: str) -> type:
     import torchvision.datasets  # slow to import, and only this layout needs it
 
-    return getattr(torchvision.datasets, PUBLISHED[name].torchvision_class)
+    return getattr(torchvision.datasets, NAMED[name].torchvision_class)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ A data set is a few hundred megabytes at most and stays in memory as uint8; `aug
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,13 +20,15 @@ from torch import Tensor
 from apbm_core.errors import ConfigError, DataError
 from apbm_core.study.data import cifar
 from apbm_core.study.data.cache import default_cache_dir, read_through_cache
-from apbm_core.study.data.cifar import PUBLISHED
 from apbm_core.study.data.images import Images, channel_statistics, generator_for, stratified_sample
 from apbm_core.study.data.layouts import Decoded, Layout, find_layout, read_digits
+from apbm_core.study.data.named import NAMED, NamedDataset, known_side
 
-__all__ = ["DataSplit", "ImageDataset", "Images", "SplitKind", "known_side", "load_dataset"]
+__all__ = ["DataSplit", "ImageDataset", "Images", "SplitKind", "class_count", "known_side", "load_dataset"]
 
 SplitKind = Literal["final", "tuning"]
+
+_STATISTICS_TOLERANCE = 1e-5  # the known ones are stated to five decimals
 
 _PURPOSES = {
     "train_subset": "subset",
@@ -155,9 +158,19 @@ def _joined(first: Images, second: Images) -> Images:
     return Images(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
 
 
-def known_side(name: str) -> int | None:
-    """Height and width, in pixels, of a data set whose images all have the same known size; None for a folder."""
-    return cifar.SIZE[0] if name in PUBLISHED or name == "digits" else None
+def class_count(name: str, root: str | Path | None = None) -> int | None:
+    """How many classes a data set has, told without decoding an image; None for a folder of images that is not there.
+
+    Args:
+        name, root: as in :func:`load_dataset`.
+    """
+    if name in NAMED:
+        return len(NAMED[name].classes)
+    try:
+        layout = find_layout(name, _root(root)) if _is_name(name) else None
+        return None if layout is None else len(layout.classes)
+    except (OSError, DataError):  # whoever loads it is told what is wrong
+        return None
 
 
 def load_dataset(
@@ -176,11 +189,11 @@ def load_dataset(
         DataError: the data are missing, damaged or inconsistent; the message names the file and what to do.
         ConfigError: ``name`` is not a plain name.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+    if not _is_name(name):
         raise ConfigError(f"the data set's name is {name!r}; it must be the name of a folder, without a path.")
-    if name == "digits":
+    if name in NAMED and NAMED[name].is_embedded:
         return _dataset(name, read_digits(), "scikit-learn's handwritten digits, 8 x 8 enlarged to 32 x 32")
-    root = Path(root or os.environ.get("APBM_DATA") or "data").expanduser()
+    root = _root(root)
     try:
         layout = find_layout(name, root) or _downloaded(name, root, download)
         if layout.worth_caching:
@@ -195,9 +208,18 @@ def load_dataset(
     return _dataset(name, decoded, layout.description)
 
 
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
+def _root(root: str | Path | None) -> Path:
+    return Path(root or os.environ.get("APBM_DATA") or "data").expanduser()
+
+
 def _downloaded(name: str, root: Path, download: bool) -> Layout:
     reason = "there is nothing in a layout that is understood"
-    if name in PUBLISHED and download:
+    has_download = cifar.is_torchvisions(name)
+    if has_download and download:
         try:
             cifar.download(name, root)
             layout = find_layout(name, root)
@@ -205,23 +227,29 @@ def _downloaded(name: str, root: Path, download: bool) -> Layout:
                 return layout
         except DataError as error:
             reason = f"there is none, and {error}"
-    elif name in PUBLISHED:
+    elif has_download:
         reason += ", and download=False"
     layouts = [f"{name}/{{train,test}}/<class>/*.png"]
-    if name in PUBLISHED:
-        layouts = [f"{cifar.torchvision_folder(name, root).name}/", f"{name}/{{train,test}}.parquet", *layouts]
+    if name in NAMED:
+        layouts = [f"{name}/{{train,test}}.parquet", *layouts]
+    if has_download:
+        layouts = [f"{cifar.torchvision_folder(name, root).name}/", *layouts]
+    embedded = [known for known, row in NAMED.items() if row.is_embedded]
     raise DataError(
         f"the data set {name!r} was looked for in {root.resolve()}: {reason}. Put it there as {' or '.join(layouts)}, "
         f"or name the folder that holds it with APBM_DATA or root=. Known by name are "
-        f"{', '.join(PUBLISHED)} and digits; digits needs no files and no network."
+        f"{', '.join(NAMED)}; {' and '.join(embedded)} needs no files and no network."
     )
 
 
 def _dataset(name: str, decoded: Decoded, description: str) -> ImageDataset:
     counts = (len(decoded.train), len(decoded.test))
     source = f"{counts[0]:,} training and {counts[1]:,} test images from {description}."
-    if name in PUBLISHED and counts != PUBLISHED[name].counts:
-        title, complete = PUBLISHED[name].title, PUBLISHED[name].counts
+    mean, std = channel_statistics(decoded.train.images)
+    if name in NAMED and counts == NAMED[name].counts:
+        _require_statistics(NAMED[name], mean, std, description)
+    elif name in NAMED:
+        title, complete = NAMED[name].title, NAMED[name].counts
         lack = f"this is not the complete {title}, which has {complete[0]:,} and {complete[1]:,} images."
         warnings.warn(f"{source} But {lack}", stacklevel=3)
         source += f" Warning: {lack}"
@@ -232,6 +260,22 @@ def _dataset(name: str, decoded: Decoded, description: str) -> ImageDataset:
         test_images=decoded.test.images,
         test_labels=decoded.test.labels,
         classes=decoded.classes,
-        **dict(zip(("mean", "std"), channel_statistics(decoded.train.images), strict=True)),
+        mean=mean,
+        std=std,
         source=source,
     )
+
+
+def _require_statistics(known: NamedDataset, mean: Sequence[float], std: Sequence[float], description: str) -> None:
+    """Refuse a set of the complete one's size with other pixels: they would be normalised otherwise than in any paper.
+
+    Raises:
+        DataError: a channel's mean or standard deviation is not the known one, to the digits that are known.
+    """
+    for what, found, expected in (("mean", mean, known.mean), ("standard deviation", std, known.std)):
+        if any(abs(a - b) > _STATISTICS_TOLERANCE for a, b in zip(found, expected, strict=True)):
+            is_here, should_be = (", ".join(f"{value:.5f}" for value in values) for values in (found, expected))
+            raise DataError(
+                f"the training images of {description} have the {what} {is_here}; {known.title}'s have {should_be}. "
+                "They were altered: fetch them again, or keep them as a folder of images under another name."
+            )

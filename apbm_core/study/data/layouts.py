@@ -21,8 +21,8 @@ import torch
 
 from apbm_core.errors import DataError
 from apbm_core.study.data import cifar
-from apbm_core.study.data.cifar import PUBLISHED, Published
 from apbm_core.study.data.images import Images, decode_images, fingerprint, generator_for, stratified_sample
+from apbm_core.study.data.named import NAMED, NamedDataset
 
 SPLITS = ("train", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -43,6 +43,7 @@ class Layout(Protocol):
     description: str  # the layout in words, for ``ImageDataset.source``; without the machine's own path
     location: Path  # where it is
     worth_caching: bool  # whether reading means decoding tens of thousands of images
+    classes: tuple[str, ...]  # class names in the order of the labels, known before anything is decoded
 
     def key(self) -> str:
         """A digest that changes when the files change; cheap beside `read`."""
@@ -53,13 +54,13 @@ class Layout(Protocol):
 
 def find_layout(name: str, root: Path) -> Layout | None:
     """The layout in which ``root`` holds ``name``, or ``None`` if it is there in none."""
-    if name in PUBLISHED and cifar.torchvision_folder(name, root).is_dir():
+    if cifar.is_torchvisions(name) and cifar.torchvision_folder(name, root).is_dir():
         return TorchvisionLayout(name, root)
     folder = root / name
-    if name in PUBLISHED and any((folder / f"{split}.parquet").exists() for split in SPLITS):
-        return ParquetLayout(folder, PUBLISHED[name])
+    if name in NAMED and any((folder / f"{split}.parquet").exists() for split in SPLITS):
+        return ParquetLayout(folder, NAMED[name])
     if any((folder / split).is_dir() for split in SPLITS):
-        return ImageFolderLayout(folder, PUBLISHED.get(name))
+        return ImageFolderLayout(folder, NAMED.get(name))
     return None
 
 
@@ -69,7 +70,7 @@ class TorchvisionLayout:
     worth_caching = False  # nothing is compressed
 
     def __init__(self, name: str, root: Path) -> None:
-        self._name, self._root = name, root
+        self._name, self._root, self.classes = name, root, NAMED[name].classes
         self.location = cifar.torchvision_folder(name, root)
         self.description = f"{self.location.name} (torchvision's layout, MD5 checked)"
 
@@ -77,7 +78,7 @@ class TorchvisionLayout:
         return _digest_of_stats(self.location, sorted(self.location.iterdir()))
 
     def read(self) -> Decoded:
-        return Decoded(*cifar.read_torchvision(self._name, self._root), PUBLISHED[self._name].classes)
+        return Decoded(*cifar.read_torchvision(self._name, self._root), self.classes)
 
 
 class ParquetLayout:
@@ -85,8 +86,8 @@ class ParquetLayout:
 
     worth_caching = True
 
-    def __init__(self, folder: Path, published: Published) -> None:
-        self.location, self._published = folder, published
+    def __init__(self, folder: Path, published: NamedDataset) -> None:
+        self.location, self._published, self.classes = folder, published, published.classes
         self.description = f"{folder.name}/train.parquet and test.parquet (Hugging Face layout)"
 
     def key(self) -> str:
@@ -101,7 +102,7 @@ class ParquetLayout:
 
     def read(self) -> Decoded:
         train, test = (self._read_split(self._path(split)) for split in SPLITS)
-        return _require_published(Decoded(train, test, self._published.classes), self._published, self.location)
+        return _require_published(Decoded(train, test, self.classes), self._published, self.location)
 
     def _path(self, split: str) -> Path:
         path = self.location / f"{split}.parquet"
@@ -118,7 +119,7 @@ class ParquetLayout:
                 raise DataError(f"{path}: image {index} has no bytes. Fetch the file again.")
         _require_labels(labels, len(self._published.classes), path)
         pixels = decode_images(
-            encoded, cifar.SIZE, lambda index: f"{path}: image {index}", _expected_size(self._published)
+            encoded, self._published.size, lambda index: f"{path}: image {index}", _expected_size(self._published)
         )
         return Images(pixels, torch.from_numpy(labels))
 
@@ -156,7 +157,7 @@ class ImageFolderLayout:
 
     worth_caching = True
 
-    def __init__(self, folder: Path, published: Published | None) -> None:
+    def __init__(self, folder: Path, published: NamedDataset | None) -> None:
         self.location, self._published = folder, published
         self.description = f"{folder.name}/{{train,test}}/<class>/ (folders of images)"
 
@@ -165,7 +166,7 @@ class ImageFolderLayout:
         return _digest_of_stats(self.location, files)
 
     def read(self) -> Decoded:
-        size = cifar.SIZE if self._published else None
+        size = self._published.size if self._published else None
         splits = []
         for split in SPLITS:
             labels, files = zip(*self._files[split], strict=True)
@@ -173,11 +174,11 @@ class ImageFolderLayout:
             pixels = decode_images(files, size, lambda index, files=files: str(files[index]), expected)
             size = tuple(pixels.shape[1:3])
             splits.append(Images(pixels, torch.tensor(labels, dtype=torch.int64)))
-        decoded = Decoded(*splits, self._classes)
+        decoded = Decoded(*splits, self.classes)
         return _require_published(decoded, self._published, self.location) if self._published else decoded
 
     @cached_property
-    def _classes(self) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
         names = {}
         for split in SPLITS:
             folder = self.location / split
@@ -206,7 +207,7 @@ class ImageFolderLayout:
         return {split: list(self._files_of(split)) for split in SPLITS}
 
     def _files_of(self, split: str) -> Iterator[tuple[int, Path]]:
-        for label, name in enumerate(self._classes):
+        for label, name in enumerate(self.classes):
             folder = self.location / split / name
             files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
             if not files:
@@ -241,7 +242,7 @@ def _require_labels(labels: np.ndarray, num_classes: int, path: Path) -> None:
         )
 
 
-def _require_published(decoded: Decoded, published: Published, folder: Path) -> Decoded:
+def _require_published(decoded: Decoded, published: NamedDataset, folder: Path) -> Decoded:
     """Refuse a complete set that is not the published one: lossless WebP has no checksum and decodes when damaged."""
     for split, images, count, expected in zip(
         SPLITS, (decoded.train, decoded.test), published.counts, published.fingerprints or (None, None), strict=True
@@ -255,8 +256,8 @@ def _require_published(decoded: Decoded, published: Published, folder: Path) -> 
     return decoded
 
 
-def _expected_size(published: Published) -> str:
-    return f"{published.title} images are {cifar.SIZE[1]} x {cifar.SIZE[0]}"
+def _expected_size(published: NamedDataset) -> str:
+    return f"{published.title} images are {published.side} x {published.side}"
 
 
 def _digest_of_stats(folder: Path, files: list[Path]) -> str:

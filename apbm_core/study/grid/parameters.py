@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.data.batches import Augmentation
-from apbm_core.study.data.datasets import known_side
+from apbm_core.study.data.datasets import class_count, known_side
 from apbm_core.study.methods import Method, all_methods, default_methods, get_method
 from apbm_core.study.networks.models import all_networks, check_training_side, get_network
 from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, check_published_target, solve_model_widths
@@ -245,7 +245,9 @@ class StudyParameters(BaseModel):
             check_training_side(model, side or recipe.crop)
 
     def _check_target(self, model: str, dataset: str, share: float, rule: str) -> None:
-        num_classes = 100 if dataset == "cifar100" else 10
+        num_classes = class_count(dataset)
+        if num_classes is None:  # not to be had here: loading it says so, or the fallback is taken
+            return
         if share and rule in SOLVERS:
             solve_model_widths(model, num_classes, share, self.by, rule)
         elif share:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from apbm_core.study.data.named import dataset_label
 from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import ordered
 from apbm_core.study.networks.models import network_label
 from apbm_core.study.records import PhaseRecord, RunRecord, read_record
 from apbm_core.study.report.statistics import NO_NOISE, Noise, pooled_noise
 
-DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "scikit-learn digits"}
 POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
 _RUN = [
@@ -243,4 +243,4 @@ def label_model(model: str) -> str:
 
 
 def label_dataset(dataset: str) -> str:
-    return DATASET_LABELS.get(dataset, dataset)
+    return dataset_label(dataset)

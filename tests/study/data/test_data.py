@@ -29,10 +29,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from apbm_core.errors import ConfigError, DataError
-from apbm_core.study.data.cifar import PUBLISHED
 from apbm_core.study.data.datasets import load_dataset
 from apbm_core.study.data.images import Images, channel_statistics, fingerprint, generator_for, stratified_sample
 from apbm_core.study.data.layouts import ImageFolderLayout
+from apbm_core.study.data.named import NAMED
 
 incomplete = pytest.mark.filterwarnings("ignore:.*not the complete")
 # A shared copy of CIFAR-10, where the machine has one; APBM_DATA says where.
@@ -57,7 +57,7 @@ def test_parquet_layout_yields_the_encoded_pixels_and_labels(tmp_path, cache, im
     content = write_parquet_cifar10(tmp_path, image_format=image_format)
     dataset = load_dataset("cifar10", tmp_path, cache)
     assert_holds(dataset, content)
-    assert dataset.classes == PUBLISHED["cifar10"].classes
+    assert dataset.classes == NAMED["cifar10"].classes
     assert dataset.train_images.dtype == torch.uint8
     assert dataset.train_labels.dtype == torch.int64
     assert "20 training and 10 test images" in dataset.source
@@ -127,7 +127,7 @@ def test_image_folder_layout(tmp_path, cache):
 
 @incomplete
 def test_cifar10_as_folders_of_images(tmp_path, cache):
-    content = write_image_folder(tmp_path, "cifar10", PUBLISHED["cifar10"].classes, per_class=1)
+    content = write_image_folder(tmp_path, "cifar10", NAMED["cifar10"].classes, per_class=1)
     dataset = load_dataset("cifar10", tmp_path, cache)
     assert np.array_equal(dataset.train_images[6].numpy(), content["train"]["frog"][0])
 

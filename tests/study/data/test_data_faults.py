@@ -20,9 +20,9 @@ from fake_data import (
 )
 
 from apbm_core.errors import ConfigError, DataError
-from apbm_core.study.data.cifar import PUBLISHED
 from apbm_core.study.data.datasets import load_dataset
-from apbm_core.study.data.images import Images, fingerprint
+from apbm_core.study.data.images import Images, channel_statistics, fingerprint
+from apbm_core.study.data.named import NAMED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete")
 
@@ -91,8 +91,9 @@ def test_a_complete_set_with_other_content_is_not_the_published_one(tmp_path, tr
         fingerprint(Images(torch.from_numpy(content[split][0]), torch.from_numpy(content[split][1])))
         for split in ("train", "test")
     )
-    tiny = dataclasses.replace(PUBLISHED["cifar10"], counts=(20, 10), fingerprints=prints)
-    monkeypatch.setitem(PUBLISHED, "cifar10", tiny)
+    mean, std = channel_statistics(torch.from_numpy(content["train"][0]))
+    tiny = dataclasses.replace(NAMED["cifar10"], counts=(20, 10), fingerprints=prints, mean=mean, std=std)
+    monkeypatch.setitem(NAMED, "cifar10", tiny)
     assert len(load_dataset("cifar10", tmp_path, tmp_path / "other cache").train_labels) == 20
     pixels, labels = content["train"]
     if damage == "pixel":
