@@ -11,8 +11,18 @@ Three verbs for any network::
 from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ApbmError
 from apbm_core.fusion import FusionSettings
-from apbm_core.surgery import prunable_layers, slim
+from apbm_core.surgery import prunable_layers, slim, why_not_prunable
 
 __version__ = "0.2.0"
 
-__all__ = ["ApbmError", "FusionSettings", "collapse", "compact", "fuse", "prunable_layers", "rescore", "slim"]
+__all__ = [
+    "ApbmError",
+    "FusionSettings",
+    "collapse",
+    "compact",
+    "fuse",
+    "prunable_layers",
+    "rescore",
+    "slim",
+    "why_not_prunable",
+]

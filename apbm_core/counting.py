@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apbm_core.copies import plain_copy
 from apbm_core.errors import ConfigError
-from apbm_core.forward import plain_copy
 
 
 def count_parameters(model: nn.Module) -> int:

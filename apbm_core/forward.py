@@ -1,14 +1,13 @@
 """Whether a network can be worked on at all, and whether it still runs after surgery: asked by calling it."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from apbm_core.errors import UnsupportedNetwork
 
@@ -25,32 +24,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def is_parametrized_by(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
-    """Whether parameters of this very module are parametrised, and by nothing but ``kinds``."""
-    if not parametrize.is_parametrized(module):
-        return False
-    return all(isinstance(step, kinds) for tensor in module.parametrizations.values() for step in tensor)
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on one batch: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def plain_copy(model: nn.Module, kinds: type | tuple[type, ...] = nn.Module) -> nn.Module:
-    """A copy of ``model`` whose layers parametrised by ``kinds`` alone have ordinary weights of the same values.
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists, dicts and data classes."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
-    Parameters that were trained still are; the original stays as it is. (``remove_parametrizations`` would break it: it
-    edits a class of the layer's own that deepcopy shares.)
-    """
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if not is_parametrized_by(module, kinds):
-            continue
-        values = {}
-        for name, tensor in module.parametrizations.items():
-            trained = any(original.requires_grad for original in tensor.parameters(recurse=False))
-            values[name] = nn.Parameter(getattr(module, name).detach().clone(), requires_grad=trained)
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, value in values.items():
-            module.register_parameter(name, value)
-    return plain
+
+def ordinary_inputs(inputs: Any) -> Any:
+    """Copies that autograd can follow, whatever mode the tensors were made in; a list of arguments becomes a tuple."""
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
+
+
+def describe(inputs: Any) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs)) or "none"
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -78,17 +71,8 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def refuse_parametrized(model: nn.Module) -> None:
-    """Raise UnsupportedNetwork if a layer's weight is parametrised, which cannot be traced."""
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            raise UnsupportedNetwork(
-                f"layer {name!r} is parametrised (fused already?), which cannot be traced; compact() the network first."
-            )
-
-
-def count_calls(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
-    """How often one forward pass in evaluation mode calls each ``nn.Conv2d``, by name; those never called are absent.
+def count_calls(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """How often one forward pass in evaluation mode calls each module, by name; those never called are absent.
 
     Raises:
         UnsupportedNetwork: the network does not run.
@@ -96,18 +80,17 @@ def count_calls(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
     calls: dict[str, int] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
 
-            def count(_module, _inputs, _output, name=name):
-                calls[name] = calls.get(name, 0) + 1
+        def count(_module, _inputs, _output, name=name):
+            calls[name] = calls.get(name, 0) + 1
 
-            handles.append(module.register_forward_hook(count))
+        handles.append(module.register_forward_hook(count))
     try:
         with torch.no_grad(), evaluation_mode(model):
-            model(example_inputs)
+            call(model, inputs)
     except Exception as error:
         raise UnsupportedNetwork(
-            f"this {type(model).__name__} does not run on inputs of shape {tuple(example_inputs.shape)}: {error}. "
+            f"this {type(model).__name__} does not run on inputs of shape {describe(inputs)}: {error}. "
             "Pass one batch that model(example_inputs) accepts, on the model's device."
         ) from error
     finally:
@@ -116,59 +99,12 @@ def count_calls(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
     return calls
 
 
-def check_still_runs(model: nn.Module, small: nn.Module, example_inputs: Tensor) -> None:
-    """Compare what both return; a network with channel numbers written into its code, or several heads, shows here.
-
-    In training mode too, where the network runs in it: auxiliary classifiers take part in nothing else, so the trace,
-    made in evaluation mode, cannot know what they read.
-
-    Raises:
-        UnsupportedNetwork: the small network fails, or returns other shapes.
-    """
-    try:
-        before, after = _evaluated(model, example_inputs), _evaluated(small, example_inputs)
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"this {type(model).__name__} does not run any more with fewer filters: {error}. Numbers of channels may "
-            "be written into its forward(); name the layers in question in `ignore`."
-        ) from error
-    if before != after:
-        raise UnsupportedNetwork(
-            f"removing filters changed what this {type(model).__name__} returns, from shapes {before} to {after}: some "
-            "of the layers feed its output; name them in `ignore`."
-        )
-    try:
-        before = _trained(model, example_inputs)
-    except Exception:  # such as BatchNorm on a single value: that says nothing about the surgery
-        return
-    try:
-        after = _trained(small, example_inputs)
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"with fewer filters this {type(model).__name__} runs in evaluation mode, but not in training mode: "
-            f"{error}. Layers that take part in training alone read some of them; name in `ignore` the layers that "
-            "feed those, or build the network without auxiliary heads."
-        ) from error
-    if before != after:
-        raise UnsupportedNetwork(
-            f"removing filters changed what this {type(model).__name__} returns in training, from shapes {before} to "
-            f"{after}; name the layers that feed this output in `ignore`."
-        )
-
-
-def _evaluated(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]]:
-    with torch.no_grad(), evaluation_mode(model):
-        return _shapes(model(example_inputs))
-
-
-def _trained(model: nn.Module, example_inputs: Tensor) -> list[tuple[int, ...]]:
+def trained_shapes(model: nn.Module, inputs: Any) -> list[tuple[int, ...]]:
     """The shapes returned in training mode; norm statistics and random state stay as they are."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
     with evaluation_mode(model):  # and back into each module's own mode
         model.train()
         with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            return _shapes(torch.func.functional_call(model, buffers, example_inputs))
-
-
-def _shapes(outputs: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+            outputs = torch.func.functional_call(model, buffers, args, kwargs)
+    return [tuple(tensor.shape) for tensor in tensors_in(outputs)]

@@ -14,7 +14,7 @@ In code, :class:`FilterFusion` is a parametrization of an ordinary ``nn.Conv2d``
 is ``P W``. Deployment writes the value into the convolution and forgets the bank (surgery.compact).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 
 import torch
@@ -66,6 +66,12 @@ class FilterFusion(nn.Module):
         self.last: LayerFusion | None = None
         self.register_buffer("selected", torch.arange(m))
         self.register_buffer("matrix", torch.eye(n)[:m].contiguous())
+        self.group, self.out_dim = (
+            "",
+            0,
+        )  # which layers it is scored with; which of the weight's dimensions is the filters'
+        self.register_buffer("units", None, persistent=False)
+        self.register_buffer("places", None, persistent=False)
         self.register_buffer("status", torch.zeros(3 + len(LayerFusion.__annotations__), dtype=torch.int64))
 
     @property
@@ -78,9 +84,30 @@ class FilterFusion(nn.Module):
         """Whether P is fixed for good, so that the bank may go."""
         return self.is_frozen and not self.is_collapsed
 
+    def join(self, group: str, units: Tensor, kept: Tensor, out_dim: int = 0) -> None:
+        """Be scored with other layers, as a group that keeps or loses units of one or several filters.
+
+        Args:
+            group: its name.
+            units: shape (units, filters of a unit); row u is the filters of unit u in this layer.
+            kept: the units kept to begin with, ascending.
+            out_dim: 1 for transposed convolutions, whose weight has its filters in the second dimension.
+        """
+        self.group, self.out_dim = group, out_dim
+        if not torch.equal(units[:, 0], torch.arange(len(units))) or units.shape[1] > 1:
+            self.units = units.to(self.selected.device)
+            self.places = units[kept.cpu()].flatten().argsort().argsort().view(len(kept), -1).to(self.selected.device)
+
+    def rows(self, bank: Tensor) -> Tensor:
+        """The bank with its filters in the first dimension."""
+        return bank.transpose(0, 1) if self.out_dim else bank
+
     def forward(self, bank: Tensor) -> Tensor:
         if self.is_collapsed:
             return bank
+        return self.rows(self._fused(self.rows(bank)))
+
+    def _fused(self, bank: Tensor) -> Tensor:
         bank = self.filters(bank)
         if not self.is_selection:
             return mix(self.matrix, bank)
@@ -88,37 +115,16 @@ class FilterFusion(nn.Module):
             return bank.permute(0, 2, 3, 1).index_select(0, self.selected).permute(0, 3, 1, 2)
         return bank.index_select(0, self.selected)
 
-    @torch.no_grad()
     def choose(self, bank: Tensor, progress: float) -> Tensor:
         """Select the m most important filters of the bank, shape (m,), without fusing anything yet."""
-        self.selected.copy_(self._most_important(self.log_similarity(bank, progress)[0], bank))
-        return self.selected
+        return choose_together([(self, bank)], len(self.selected), progress)
 
-    @torch.no_grad()
     def rescore(self, bank: Tensor, progress: float, reselect: bool = True) -> "LayerFusion":
         """Score the bank's filters at ``progress`` in [0, 1] of the training and set P for the steps to come.
 
         Once the schedule freezes, the layer is scored one last time and P never changes again.
         """
-        if self.is_frozen:
-            return self.last
-        before, bank = self.selected.clone(), self.filters(bank)
-        log_p, temperature = self.log_similarity(bank, progress)
-        if reselect:
-            self.selected.copy_(self.slots(before, self._most_important(log_p, bank)))
-        self.set_matrix(self.mixture(log_p), bank)
-        self.is_frozen = self.freezes_at(progress)
-        shares = self.matrix.detach().abs()
-        own_share = shares.gather(1, self.selected[:, None])[:, 0] / shares.sum(1)
-        self.last = LayerFusion(
-            temperature=temperature,
-            entropy=similarity.entropy(log_p).mean().item(),
-            self_mass=log_p.diagonal().exp().mean().item(),
-            own_share=own_share.mean().item(),
-            churn=1 - torch.isin(self.selected, before).double().mean().item(),
-        )
-        self._keep_status()
-        return self.last
+        return rescore_together([(self, bank)], progress, reselect)
 
     def log_similarity(self, bank: Tensor, progress: float) -> tuple[Tensor, float]:
         """``L = log p`` of the bank's filters, shape (n, n), at ``progress``, and the temperature T it is for."""
@@ -147,9 +153,9 @@ class FilterFusion(nn.Module):
         """Which kept filter goes into which output channel; both of shape (m,), ``selected`` ascending."""
         return stable_slots(before, selected)
 
-    def mixture(self, log_p: Tensor) -> Tensor:
+    def mixture(self, log_p: Tensor, selected: Tensor) -> Tensor:
         """``P_kj = p_{s_k j}``, shape (m, n), rows summing to 1: row k says what the filter in slot k is made of."""
-        matrix = log_p[self.selected].exp()
+        matrix = log_p[selected].exp()
         return matrix / matrix.sum(1, keepdim=True)
 
     def set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
@@ -163,12 +169,37 @@ class FilterFusion(nn.Module):
         """Whether each row of ``matrix`` (m, n) is its kept filter alone, to float32's accuracy."""
         return matrix.gather(1, self.selected[:, None]).min().item() > 1 - _ONE_HOT
 
+    @property
+    def reselects(self) -> bool:
+        """Whether a scoring may change which filters are kept."""
+        return True
+
     def freezes_at(self, progress: float) -> bool:
         """Whether P stays as it is from ``progress`` on."""
         return self.settings.schedule.is_frozen(progress)
 
-    def _most_important(self, log_p: Tensor, bank: Tensor) -> Tensor:
-        return self.importance(log_p, bank).topk(len(self.selected)).indices.sort().values
+    def selected_units(self) -> Tensor:
+        """The kept units in slot order: the kept filters, where a unit is a filter."""
+        if self.units is None:
+            return self.selected.clone()
+        unit_of = torch.empty(self.units.numel(), dtype=torch.long, device=self.units.device)
+        unit_of[self.units] = torch.arange(len(self.units), device=self.units.device)[:, None]
+        return unit_of[self.selected[self.places[:, 0]]]
+
+    def select_units(self, selected: Tensor) -> None:
+        if self.units is None:
+            self.selected.copy_(selected)
+        else:
+            self.selected[self.places] = self.units[selected]
+
+    def of_filters(self, matrix: Tensor) -> Tensor:
+        """P of a layer's filters (m, n) from that of its units: filter q of a unit mixes filters q of others."""
+        if self.units is None:
+            return matrix
+        whole = matrix.new_zeros(len(self.selected), self.units.numel())
+        for place, unit in zip(self.places.T, self.units.T, strict=True):
+            whole[place[:, None], unit] = matrix
+        return whole
 
     # Where it stands, in the state dict: integers, which nothing averages, rounds or casts.
 
@@ -182,9 +213,9 @@ class FilterFusion(nn.Module):
         self.selected = torch.arange(m, device=self.selected.device)
         self.matrix = self.matrix.new_empty(m, 0)
         self.is_selection = True
-        self._keep_status()
+        self.keep_status()
 
-    def _keep_status(self) -> None:
+    def keep_status(self) -> None:
         numbers = torch.tensor(astuple(self.last) if self.last else (0.0,) * 5, dtype=torch.float64)
         flags = torch.tensor([self.is_selection, self.is_frozen, self.last is not None])
         self.status.copy_(torch.cat([flags.long(), numbers.view(torch.int64)]))
@@ -194,12 +225,82 @@ class FilterFusion(nn.Module):
         if old is not None and f"{prefix}status" not in state:
             self.is_selection, self.is_frozen = old["is_selection"], old["is_frozen"]
             self.last = LayerFusion(**old["last"]) if old["last"] else None
-            self._keep_status()
+            self.keep_status()
             state[f"{prefix}status"] = self.status.clone()
         super()._load_from_state_dict(state, prefix, *arguments)
         if f"{prefix}status" in state:
             self.is_selection, self.is_frozen, has_last = self.status[:3].cpu().bool().tolist()
             self.last = LayerFusion(*self.status[3:].cpu().view(torch.float64).tolist()) if has_last else None
+
+
+@torch.no_grad()
+def choose_together(members: Sequence[tuple[FilterFusion, Tensor]], count: int, progress: float) -> Tensor:
+    """Select the ``count`` most important units of layers whose filters go together, shape (count,), ascending."""
+    lead = members[0][0]
+    filters = _side_by_side([(fusion, fusion.rows(bank)) for fusion, bank in members])
+    log_p, _ = lead.log_similarity(filters, progress)
+    selected = lead.importance(log_p, filters).topk(count).indices.sort().values
+    for fusion, _ in members:
+        if fusion.units is None and len(fusion.selected) == count:
+            fusion.selected.copy_(selected)
+    return selected
+
+
+@torch.no_grad()
+def rescore_together(
+    members: Sequence[tuple[FilterFusion, Tensor]], progress: float, reselect: bool = True
+) -> "LayerFusion":
+    """Score the banks of layers whose filters go together, as one, and set the P of each.
+
+    Args:
+        members: the fusion and the bank of each; one in all, for a layer whose filters are its own.
+    """
+    lead = members[0][0]
+    if lead.is_frozen:
+        return lead.last
+    banks = [fusion.filters(fusion.rows(bank)) for fusion, bank in members]
+    filters = _side_by_side([(fusion, bank) for (fusion, _), bank in zip(members, banks, strict=True)])
+    before, units = lead.selected.clone(), lead.selected_units()
+    log_p, temperature = lead.log_similarity(filters, progress)
+    if reselect and lead.reselects:
+        units = lead.slots(units, lead.importance(log_p, filters).topk(len(units)).indices.sort().values)
+    matrix = lead.mixture(log_p, units)
+    for (fusion, _), bank in zip(members, banks, strict=True):
+        fusion.select_units(units)
+        fusion.set_matrix(fusion.of_filters(matrix), bank)
+    shares = lead.matrix.detach().abs()
+    own_share = shares.gather(1, lead.selected[:, None])[:, 0] / shares.sum(1)
+    last = LayerFusion(
+        temperature=temperature,
+        entropy=similarity.entropy(log_p).mean().item(),
+        self_mass=log_p.diagonal().exp().mean().item(),
+        own_share=own_share.mean().item(),
+        churn=1 - torch.isin(lead.selected, before).double().mean().item(),
+    )
+    for fusion, _ in members:
+        fusion.is_frozen, fusion.last = fusion.freezes_at(progress), last
+        fusion.keep_status()
+    return last
+
+
+def _side_by_side(members: Sequence[tuple[FilterFusion, Tensor]]) -> Tensor:
+    """The units of layers that go together, shape (units, ...): their filters in a row, each layer's in its own unit.
+
+    That unit is the mean distance of the layer's filters, so that no layer drowns the others by the scale of its
+    weights; where the schedule works on raw distances, they are as they are. A layer by itself is its bank.
+    """
+    if len(members) == 1 and members[0][0].units is None:
+        return members[0][1]
+    parts = []
+    for fusion, bank in members:
+        rows = bank.flatten(1).double() if bank.device.type != "mps" else bank.flatten(1).float()
+        if fusion.units is not None:
+            rows = rows[fusion.units].flatten(1)
+        if fusion.settings.schedule.scale_free:
+            distance = similarity.pairwise_distances(rows)
+            rows = rows / (distance.sum() / max(1, len(rows) * (len(rows) - 1))).clamp_min(1e-30)
+        parts.append(rows)
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
@@ -242,7 +343,7 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, FilterFusio
 def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix: str, *_) -> None:
     """Before a state dict is loaded: give bank and P the shapes they were saved with, before or after a collapse."""
     saved, matrix, fusion = state.get(f"{prefix}original"), state.get(f"{prefix}0.matrix"), weight[0]
-    if saved is None or matrix is None or saved.shape[1:] != weight.original.shape[1:]:
+    if saved is None or matrix is None or fusion.rows(saved)[0].shape != fusion.rows(weight.original)[0].shape:
         return  # torch's own message says it best
     was_collapsed = state.get(f"{prefix}0._extra_state", {}).get("is_collapsed", matrix.shape[1] == 0)
     if was_collapsed and not fusion.is_collapsed:
@@ -251,7 +352,7 @@ def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix
         fusion.matrix = fusion.matrix.new_empty(matrix.shape)
     if was_collapsed:  # earlier versions stated the identity
         state[f"{prefix}0.matrix"] = matrix[:, :0]
-    if len(saved) != len(weight.original) and len(saved) == (matrix.shape[1] or len(matrix)):
+    if saved.shape != weight.original.shape and saved.shape[fusion.out_dim] == (matrix.shape[1] or len(matrix)):
         weight.original.data = weight.original.data.new_empty(saved.shape)
 
 

@@ -1,177 +1,346 @@
-"""Physical slimming of any network, and the verbs built on it: fuse before training, compact after it.
+"""Physical slimming of any network: which filters can go, why others cannot, and the network without them.
 
-Which channels hang together is torch-pruning's business (``DependencyGraph``): it follows a convolution's output
-channels through norms, activations, pooling, concatenations, depthwise convolutions and flattening to the layers that
-read them. We add two things. A convolution is only touched when its outputs are its own: filters whose outputs are
-added to another layer's (a residual stage), gated by one, or returned by the network are left alone. And every
-surgery is checked by a forward pass, so that a network is either changed rightly or refused.
+Which channels hang together is found by torch-pruning (groups.py), and every surgery is proved by numbers (proof.py):
+what cannot be shown to be right is left alone, and the reason kept.
 """
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch_pruning.ops import OPTYPE
 
+from apbm_core import proof
+from apbm_core.copies import computes_its_weights, copy_of, has_own_forward, ordinary_copy, takes_computed_weight
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.forward import check_still_runs, count_calls, refuse_parametrized, refuse_wrapped
+from apbm_core.forward import (
+    call,
+    count_calls,
+    describe,
+    evaluation_mode,
+    ordinary_inputs,
+    refuse_wrapped,
+    tensors_in,
+    trained_shapes,
+)
+from apbm_core.fusion import fused_layers
+from apbm_core.groups import LAYERS, Group, find_groups, outputs_of, removes_outputs
+from apbm_core.proof import Cuts
 
-_OUT = torch_pruning.prune_conv_out_channels
-_CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.PReLU)
 
-
-def prunable_layers(model: nn.Module, example_inputs: Tensor) -> dict[str, int]:
-    """The convolutions whose filters can be removed or fused, as name -> number of filters, in the model's order.
+def prunable_layers(model: nn.Module, example_inputs: Any, groups: bool = False) -> dict[str, int]:
+    """The layers whose filters can be removed or fused, as name -> number of filters, in the model's order.
 
     Args:
-        model: any network of ``nn.Conv2d`` convolutions; not modified.
-        example_inputs: one batch the network accepts, such as shape (1, 3, 32, 32).
+        model: any network; not modified.
+        example_inputs: one batch the network accepts, such as shape (1, 3, 32, 32); a tensor, a tuple or a dict.
+        groups: False: the ``nn.Conv2d`` whose outputs are its own; True: all that can go together with others.
 
     Raises:
         UnsupportedNetwork: torch-pruning cannot trace the network.
     """
-    reasons = why_not_prunable(model, example_inputs)
+    reasons = why_not_prunable(model, example_inputs, groups)
     modules = dict(model.named_modules())
-    return {name: modules[name].out_channels for name, reason in reasons.items() if reason is None}
+    return {name: outputs_of(modules[name]) for name, reason in reasons.items() if reason is None}
 
 
-def why_not_prunable(model: nn.Module, example_inputs: Tensor) -> dict[str, str | None]:
-    """For every convolution by name: None if its filters can go, else the reason why they are left alone."""
-    refuse_wrapped(model)
-    refuse_parametrized(model)
-    calls = count_calls(model, example_inputs)
-    twin = copy.deepcopy(model)
-    graph = trace_dependencies(twin, example_inputs)
-    return {
-        name: _reason(graph, module, calls.get(name, 0))
-        for name, module in twin.named_modules()
-        if isinstance(module, nn.Conv2d)
-    }
+def why_not_prunable(model: nn.Module, example_inputs: Any, groups: bool = False) -> dict[str, str | None]:
+    """For every convolution (with ``groups``: layer): None if its filters can go, else why they are left alone."""
+    return Anatomy(model, example_inputs, groups).reasons
 
 
-def slim(model: nn.Module, example_inputs: Tensor, keep: Mapping[str, Sequence[int] | Tensor]) -> nn.Module:
-    """A physically smaller copy of ``model`` in which each named convolution has only the filters listed.
+def slim(
+    model: nn.Module, example_inputs: Any, keep: Mapping[str, Sequence[int] | Tensor], groups: bool = False
+) -> nn.Module:
+    """A physically smaller copy of ``model`` in which each named layer has only the filters listed.
 
     Norms, depthwise convolutions and the inputs of the layers behind follow. Parameters that stay keep their values.
 
     Args:
         model: any network; not modified.
         example_inputs: one batch the network accepts.
-        keep: convolution name -> indices of the filters that stay, any order; they end up ascending.
+        keep: layer name -> indices of the filters that stay, any order; they end up ascending.
+        groups: whether layers whose filters are tied to others' may be named; one of a group is named for all of it.
 
     Raises:
         ConfigError: an unknown name, an index out of range or given twice, or an empty list.
-        UnsupportedNetwork: a named convolution's filters cannot be removed alone, or the network does not run without.
+        UnsupportedNetwork: a named layer's filters cannot be removed, or the network does not run without them.
     """
-    return slim_with_inputs(model, example_inputs, keep, why_not_prunable(model, example_inputs))[0]
+    anatomy = Anatomy(model, example_inputs, groups)
+    check_names(keep, anatomy.reasons)
+    modules, units = dict(model.named_modules()), {}
+    for name, indices in keep.items():
+        n = outputs_of(modules[name])
+        kept = _checked_indices(name, indices, n)
+        if len(kept) == n:
+            continue
+        if (reason := anatomy.reasons[name]) is not None:
+            raise UnsupportedNetwork(f"the filters of layer {name!r} cannot be removed: {reason}.")
+        group = anatomy.group_of(name)
+        wholly = torch.isin(group.layers[name], kept)
+        if (wholly.any(1) != wholly.all(1)).any():
+            raise ConfigError(
+                f"layer {name!r} keeps or loses {group.copies} filters together, as in {group.layers[name]}."
+            )
+        units[group.name] = wholly.all(1).nonzero()[:, 0]
+    return anatomy.cut(units)[0]
 
 
-def slim_with_inputs(
-    model: nn.Module, example_inputs: Tensor, keep: Mapping, reasons: Mapping[str, str | None]
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The slim copy, and for every convolution by name which of its input channels are left."""
-    check_names(keep, reasons)
-    small = copy.deepcopy(model)
-    modules = dict(small.named_modules())
-    kept = {name: _checked_indices(name, indices, modules[name].out_channels) for name, indices in keep.items()}
-    for name in kept:
-        if reasons[name] is not None and len(kept[name]) < modules[name].out_channels:
-            raise UnsupportedNetwork(f"the filters of layer {name!r} cannot be removed: {reasons[name]}.")
+class Anatomy:
+    """How a network's layers hang together, and what can be cut out of it.
 
-    graph = trace_dependencies(small, example_inputs)
-    # torch-pruning works through the groups one by one; tags in place of the weights remember what came from where.
-    dense = {name: module.weight for name, module in modules.items() if isinstance(module, nn.Conv2d)}
-    for name, weight in dense.items():
-        o, i = weight.shape[:2]
-        tags = torch.arange(o * i, dtype=torch.float64, device=weight.device).view(o, i, 1, 1)
-        modules[name].weight = nn.Parameter(tags, requires_grad=False)
-    for name, indices in kept.items():
-        remaining = set(indices.tolist())
-        gone = [index for index in range(modules[name].out_channels) if index not in remaining]
-        if gone:
-            _remove(graph, modules[name], name, gone)
-    inputs = {}
-    for name, weight in dense.items():
-        tags = modules[name].weight.view(modules[name].weight.shape[:2]).long()
-        outputs, inputs[name] = tags[:, 0] // weight.shape[1], tags[0] % weight.shape[1]
-        left = weight.detach()[outputs][:, inputs[name]].clone()
-        modules[name].weight = nn.Parameter(left, requires_grad=weight.requires_grad)
-    for copied, module in zip(small.modules(), model.modules(), strict=True):
-        copied.training = module.training  # a frozen norm is in evaluation mode when its network is not
-    check_still_runs(model, small, example_inputs)
-    return small, inputs
+    Attributes:
+        groups: name of the first layer -> the layers whose filters go together, where they can.
+        reasons: layer -> None if its filters can go, else why not.
 
-
-def _remove(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, name: str, filters: list[int]) -> None:
-    try:
-        graph.get_pruning_group(conv, _OUT, filters).prune()
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"torch-pruning fails to remove filters of layer {name!r} ({type(error).__name__}: {error}); name it in "
-            "`ignore`."
-        ) from error
-
-
-def trace_dependencies(model: nn.Module, example_inputs: Tensor) -> torch_pruning.DependencyGraph:
-    """torch-pruning's graph of a network, which it is left in evaluation mode by.
+    Args:
+        model: any network; not modified.
+        example_inputs: one batch the network accepts.
+        coupled: False: only ``nn.Conv2d`` whose outputs are their own.
 
     Raises:
-        UnsupportedNetwork: torch-pruning cannot trace it.
+        UnsupportedNetwork: the network is wrapped, or fused already, or does not run, or cannot be traced.
     """
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        for parameter in frozen:  # torch-pruning follows gradients
-            parameter.requires_grad_(True)
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            return torch_pruning.DependencyGraph().build_dependency(model.eval(), example_inputs=example_inputs)
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"torch-pruning cannot trace this {type(model).__name__} on inputs of shape "
-            f"{tuple(example_inputs.shape)}: {error}. Check that model(example_inputs) runs and is plain PyTorch."
-        ) from error
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+
+    def __init__(self, model: nn.Module, example_inputs: Any, coupled: bool):
+        refuse_wrapped(model)
+        for name, _, _ in fused_layers(model):
+            raise UnsupportedNetwork(f"layer {name!r} is fused already; compact() the network first.")
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            self.model, self.inputs = model, ordinary_inputs(example_inputs)
+            self._plain = ordinary_copy(model)
+            calls = count_calls(self._plain, self.inputs)
+            twin, graph = self._trace()
+            found = find_groups(graph, calls, self._untouchable(), self._unfusable(), coupled)
+            self.reasons = {name: group.reason for name, group in found.items()}
+            right = [group for group in found.values() if group.reason is None]
+            if not any(parameter.is_meta for parameter in model.parameters()):  # which hold nothing to compute with
+                self._dense, self._batches = proof.with_random_weights(self._plain, self.inputs)
+                try:
+                    self._trained = trained_shapes(model, self.inputs)
+                except Exception:  # such as BatchNorm on a single value: that says nothing about a surgery
+                    self._trained = None
+                right = self._provable(right, (twin, graph))
+        self.groups = {group.name: group for group in right}
+        for group in right:
+            self.reasons |= dict.fromkeys(group.layers)
+        self.reasons = {name: self.reasons[name] for name, _ in model.named_modules() if name in self.reasons}
+
+    def group_of(self, layer: str) -> Group:
+        return next(group for group in self.groups.values() if layer in group.layers)
+
+    def cut(self, keep: Mapping[str, Tensor]) -> tuple[nn.Module, Cuts]:
+        """The network with these units of these groups only, and what is left of its parameters.
+
+        Raises:
+            UnsupportedNetwork: it does not compute what the network without them should.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            chosen = {self.groups[name]: kept for name, kept in keep.items() if len(kept) < self.groups[name].units}
+            small, cuts = self._cut(chosen)
+            if reason := self._mistake(small, cuts):
+                raise UnsupportedNetwork(f"this {type(self.model).__name__} cannot be cut this way: {reason}.")
+        return small, cuts
+
+    def _provable(self, groups: list[Group], traced: tuple | None = None) -> list[Group]:
+        """Those of the groups that can be cut together and proved right; of the others, the reason is kept."""
+        if not groups:
+            return []
+        reason = self._try(groups, traced)
+        if reason is None:
+            return groups
+        if len(groups) == 1:
+            for larger in groups[0].in_larger_units():
+                if self._try([larger]) is None:
+                    return [larger]
+            self.reasons |= dict.fromkeys(groups[0].layers, reason)
+            return []
+        half = len(groups) // 2
+        first, second = self._provable(groups[:half]), self._provable(groups[half:])
+        if not first or not second or (len(first + second) < len(groups) and self._try(first + second) is None):
+            return first + second
+        for group in second:  # each half is right, and both together are not
+            if (reason := self._try([*first, group])) is None:
+                first.append(group)
+            else:
+                self.reasons |= dict.fromkeys(group.layers, reason)
+        return first
+
+    def _try(self, groups: list[Group], traced: tuple | None = None) -> str | None:
+        """What goes wrong when every third unit or so of these groups is removed, in no order; or None."""
+        keep, generator = {}, torch.Generator().manual_seed(0)
+        for group in groups:
+            count = min(-(-2 * group.units // 3), group.units - 1)
+            keep[group] = torch.randperm(group.units, generator=generator)[:count].sort().values
+        try:
+            return self._mistake(*self._cut(keep, traced))
+        except UnsupportedNetwork as error:
+            return str(error)
+
+    def _cut(self, keep: Mapping[Group, Tensor], traced: tuple | None = None) -> tuple[nn.Module, Cuts]:
+        twin, graph = traced or self._trace()
+        modules = dict(twin.named_modules())
+        shapes = {}
+        # torch-pruning works through the groups one by one; tags in place of the values remember what came from where.
+        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+            shapes[name] = tensor.shape
+            if tensor.is_floating_point():
+                tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+        instance_norms = [m for m in modules.values() if isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels]
+        for group, kept in keep.items():
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[kept.cpu()] = False
+            channels = group.layers[group.name][gone].flatten().sort().values.tolist()
+            layer = modules[group.name]
+            try:
+                graph.get_pruning_group(layer, removes_outputs(layer), channels).prune()
+            except Exception as error:
+                raise UnsupportedNetwork(
+                    f"torch-pruning fails to remove its filters ({type(error).__name__}: {error})"
+                ) from error
+        for norm in instance_norms:
+            norm.num_groups = norm.num_channels
+        cuts = {}
+        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+            if tensor.shape != shapes[name]:
+                cuts[name] = _left(tensor.detach(), shapes[name])
+        return twin, cuts
+
+    def _mistake(self, small: nn.Module, cuts: Cuts) -> str | None:
+        """What is wrong with a cut network, or None; it is given the network's own weights in the end."""
+        try:
+            _fill(small, self._dense, cuts)
+            off = proof.difference(self._dense, small, cuts, self._batches)
+        except Exception as error:
+            return (
+                f"the network does not run any more with fewer filters ({type(error).__name__}: {_first_line(error)})"
+            )
+        dtype = next((t.dtype for t in self._dense.parameters() if t.is_floating_point()), torch.float32)
+        if off == float("inf"):
+            return "without some filters the network returns other shapes, or nothing finite"
+        if off > proof.TOLERANCE.get(dtype, 1e-2):
+            return f"without some filters the network computes something else (difference {off:.1e})"
+        _fill(small, self._plain, cuts)
+        own = dict(self.model.named_modules())
+        for name, module in small.named_modules():
+            module.training = own[name].training if name in own else module.training
+        for name in self._computed:  # norms and masks of weights were taken away for the tracing
+            small.set_submodule(name, copy_of(own[name]))
+        if self._trained is None:
+            return None
+        try:
+            after = trained_shapes(small, self.inputs)
+        except Exception as error:
+            return f"with fewer filters the network does not run in training mode ({_first_line(error)})"
+        if after != self._trained:
+            return f"in training the network returns other shapes, {after} for {self._trained}"
+        return None
+
+    def _trace(self) -> tuple[nn.Module, torch_pruning.DependencyGraph]:
+        twin = copy_of(self._plain)
+        for parameter in twin.parameters():  # torch-pruning follows gradients
+            parameter.requires_grad_(parameter.is_floating_point())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = torch_pruning.DependencyGraph().build_dependency(
+                    twin.eval(),
+                    example_inputs=self.inputs,
+                    forward_fn=call,
+                    output_transform=lambda out: [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None],
+                )
+        except Exception as error:
+            raise UnsupportedNetwork(
+                f"torch-pruning cannot trace this {type(self.model).__name__} on inputs of shape "
+                f"{describe(self.inputs)}: {error}. Check that model(example_inputs) runs and is plain PyTorch."
+            ) from error
+        return twin, graph
+
+    @property
+    def _computed(self) -> list[str]:
+        return [name for name, module in self.model.named_modules() if computes_its_weights(module)]
+
+    def _unfusable(self) -> dict[str, str]:
+        """Layer -> why its weight cannot be computed, as a fusion does."""
+        inputs: dict[str, tuple] = {}
+        own = {n: m for n, m in self._plain.named_modules() if isinstance(m, LAYERS) and has_own_forward(m)}
+        handles = [
+            module.register_forward_pre_hook(lambda _m, given, name=name: inputs.update({name: given}))
+            for name, module in own.items()
+        ]
+        try:
+            with torch.no_grad(), evaluation_mode(self._plain):
+                call(self._plain, self.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            name: "its own forward pass changes its weight"
+            for name, given in inputs.items()
+            if not takes_computed_weight(own[name], given)
+        }
+
+    def _untouchable(self) -> dict[str, str]:
+        """Module -> why nothing of it may go."""
+        reasons = {
+            name: f"{name} computes its weight from other parameters (a norm, a mask)" for name in self._computed
+        }
+        owners: dict[int, str] = {}
+        for name, module in self.model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                other = owners.setdefault(id(parameter), name)
+                if other != name:
+                    reasons |= {
+                        name: f"{name} shares its {key} with {other}",
+                        other: f"{other} shares its {key} with {name}",
+                    }
+        return reasons
 
 
-def _reason(graph: torch_pruning.DependencyGraph, conv: nn.Conv2d, calls: int) -> str | None:
-    if conv.groups > 1:
-        return "it is a grouped or depthwise convolution, which follows the layer that feeds it"
-    if calls != 1:
-        return f"the forward pass calls it {calls} times"
-    if conv not in graph.module2node:
-        return "torch-pruning does not see it in the computation"
-    if conv.out_channels < 2:
-        return "it has a single filter"
-    is_read = False
-    for dependency, _ in graph.get_pruning_group(conv, _OUT, [0]):
-        module, name = dependency.target.module, graph._module2name.get(dependency.target.module, "another layer")
-        if module is conv:
+def _left(tags: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """For each dimension of a tagged tensor that was cut from ``shape``: the indices left; None where all are."""
+    left = []
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    for dim, size in enumerate(shape):
+        if tags.shape[dim] == size:
+            left.append(None)
             continue
-        if dependency.target.type == OPTYPE.OUTPUT:
-            return "the network returns its outputs"
-        if dependency.target.type == OPTYPE.PARAMETER:
-            names = [name for name, parameter in graph.model.named_parameters() if parameter is module]
-            return f"its outputs are combined with the parameter {names[0] if names else name}"
-        removes_outputs = graph.is_out_channel_pruning_fn(dependency.handler)
-        if isinstance(module, nn.Conv2d):
-            is_depthwise = module.groups == module.in_channels == module.out_channels
-            if module.groups > 1 and not is_depthwise:
-                return f"its outputs feed the grouped convolution {name}"
-            if removes_outputs and not is_depthwise:
-                return f"its outputs are coupled with those of {name} (a sum or a gate)"
-            is_read |= not removes_outputs
-        elif isinstance(module, nn.Linear):
-            if removes_outputs:
-                return f"its outputs are coupled with those of {name} (a sum or a gate)"
-            is_read = True
-        elif list(module.parameters(recurse=False)) and not isinstance(module, _CHANNELWISE):
-            return f"its outputs go through {name}, a {type(module).__name__}"
-    return None if is_read else "no layer reads its outputs, so they are the network's own output"
+        line = tags[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))]
+        left.append((line.long() // strides[dim]) % size)
+    return tuple(left)
+
+
+def kept_of(value: Tensor, cut: Sequence[Tensor | None]) -> Tensor:
+    """The part of a parameter that a surgery left."""
+    for dim, indices in enumerate(cut):
+        if indices is not None:
+            value = value[(slice(None),) * dim + (indices.to(value.device),)]
+    return value
+
+
+def _fill(small: nn.Module, dense: nn.Module, cuts: Cuts) -> None:
+    """Give a cut network the values that are left of the dense one's."""
+    values = dict(dense.named_parameters(remove_duplicate=False)) | dict(dense.named_buffers(remove_duplicate=False))
+    made: dict[int, Tensor] = {}  # what is shared stays shared
+    for name, module in small.named_modules():
+        prefix = f"{name}." if name else ""
+        for kind in (module._parameters, module._buffers):
+            for key, old in kind.items():
+                value = values.get(prefix + key)
+                if old is None or value is None:
+                    continue
+                cut = cuts.get(prefix + key)
+                if id(value) not in made:
+                    new = value.detach().clone() if cut is None else kept_of(value.detach(), cut)
+                    is_parameter = isinstance(old, nn.Parameter)
+                    made[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if is_parameter else new
+                kind[key] = made[id(value)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tensor:
@@ -188,4 +357,4 @@ def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tens
 def check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"no convolution is called {unknown[0]!r}; the network has {', '.join(known)}.")
+        raise ConfigError(f"no layer is called {unknown[0]!r}; the network has {', '.join(known)}.")

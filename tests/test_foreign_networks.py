@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +22,8 @@ from apbm_core.study.methods import all_methods, fpgm, hrank, l1, random
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.layers import keep_largest
 from apbm_core.surgery import why_not_prunable
+
+fuse_alone = partial(apbm_core.fuse, groups=False)
 
 # Name -> how many of its convolutions have filters that can go: counted by hand from the architecture.
 NETWORKS = {
@@ -67,7 +69,7 @@ def test_every_convolution_is_prunable_or_has_a_reason(name):
 
 @pytest.mark.parametrize("name", MARKED)
 def test_fused_it_takes_a_training_step_and_its_compact_network_has_the_same_logits(name):
-    slim = apbm_core.fuse(network(name), IMAGES[:1], keep=0.5)
+    slim = fuse_alone(network(name), IMAGES[:1], keep=0.5)
     banks = {layer: conv.parametrizations.weight.original for layer, conv, _ in fused_layers(slim)}
     before = {layer: bank.detach().clone() for layer, bank in banks.items()}
     optimizer = torch.optim.SGD(slim.train().parameters(), lr=0.01)
@@ -113,7 +115,7 @@ def test_every_criterion_cuts_it(name, criterion):
     """The cut network is the dense one with the channels of the filters that went silenced, found without tracing."""
     model, layers, criterion = network(name), prunable(name), CRITERIA[criterion]
     if isinstance(criterion, VariantSettings):
-        fused = apbm_core.fuse(model, IMAGES[:1], keep=0.5, settings=criterion)
+        fused = fuse_alone(model, IMAGES[:1], keep=0.5, settings=criterion)
         keep = {layer: fusion.selected.tolist() for layer, _, fusion in fused_layers(fused)}
         small = apbm_core.compact(fused)
     else:
@@ -130,7 +132,7 @@ def test_every_criterion_cuts_it(name, criterion):
 def test_compact_it_round_trips_through_onnx(name, tmp_path):
     if reason := export.why_no_onnx():
         pytest.skip(reason)
-    net = apbm_core.compact(apbm_core.fuse(network(name), IMAGES[:1], keep=0.5))
+    net = apbm_core.compact(fuse_alone(network(name), IMAGES[:1], keep=0.5))
     call = export.open_file(export.write_onnx(tmp_path / "net.onnx", net, IMAGES[:1]))
     for count in (1, 4):
         with torch.no_grad():
@@ -191,7 +193,7 @@ DECLINED = {
 def test_what_cannot_be_fused_is_declined_with_a_reason(name):
     build, words = DECLINED[name]
     with pytest.raises(UnsupportedNetwork, match=words):
-        apbm_core.fuse(build(), IMAGES[:2])
+        fuse_alone(build(), IMAGES[:2])
 
 
 def test_each_convolution_of_convnext_is_declined_with_a_reason_and_so_is_naming_one_to_cut():
@@ -205,7 +207,7 @@ def test_each_convolution_of_convnext_is_declined_with_a_reason_and_so_is_naming
 
 def test_auxiliary_heads_can_be_left_out():
     model = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=False)
-    slim = apbm_core.fuse(model, IMAGES[:2])
+    slim = fuse_alone(model, IMAGES[:2])
     assert slim.train()(IMAGES).shape == (4, 5)
 
 
@@ -225,7 +227,7 @@ class Outputs(nn.Module):
 
 def test_dictionaries_come_out_as_they_did():
     model = Outputs().eval()
-    slim = apbm_core.fuse(model, IMAGES)
+    slim = fuse_alone(model, IMAGES)
     net = apbm_core.compact(slim)
     assert [net.first.out_channels, net.second.out_channels] == [4, 3]
     with torch.no_grad():
@@ -236,14 +238,14 @@ def test_dictionaries_come_out_as_they_did():
 def test_a_layer_whose_features_are_returned_keeps_its_filters(returned):
     model = Outputs(returned).eval()
     assert "returns its outputs" in why_not_prunable(model, IMAGES)["second"]
-    net = apbm_core.compact(apbm_core.fuse(model, IMAGES))
+    net = apbm_core.compact(fuse_alone(model, IMAGES))
     assert [net.first.out_channels, net.second.out_channels] == [4, 6]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-6)])
 def test_other_precisions_are_kept(dtype, tolerance):
     model, images = small_net().to(dtype), IMAGES.to(dtype)
-    slim = apbm_core.fuse(model, images)
+    slim = fuse_alone(model, images)
     slim(images).square().mean().backward()
     apbm_core.rescore(slim, 0.5)
     net = apbm_core.compact(slim.eval())
@@ -260,7 +262,7 @@ def test_hooks_stay_and_nothing_else_of_the_model_changes():
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     random_state = torch.random.get_rng_state()
-    slim = apbm_core.fuse(model, IMAGES)
+    slim = fuse_alone(model, IMAGES)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [module.training for module in model] == [True, True, False, True, True, True]
@@ -271,7 +273,7 @@ def test_hooks_stay_and_nothing_else_of_the_model_changes():
 
 
 def test_data_parallel_is_seen_through():
-    slim = apbm_core.fuse(nn.DataParallel(small_net()), IMAGES)
+    slim = fuse_alone(nn.DataParallel(small_net()), IMAGES)
     slim(IMAGES).square().mean().backward()
     apbm_core.rescore(slim, 0.5)
     slim.eval()
@@ -287,7 +289,7 @@ def one_process(tmp_path):
 
 
 def test_a_fused_network_trains_under_ddp_as_it_does_alone(one_process):
-    start = apbm_core.fuse(small_net(), IMAGES)
+    start = fuse_alone(small_net(), IMAGES)
     state = {key: value.clone() if isinstance(value, torch.Tensor) else value
              for key, value in start.state_dict().items()}  # fmt: skip
     results = []
@@ -306,18 +308,18 @@ def test_a_fused_network_trains_under_ddp_as_it_does_alone(one_process):
     for key, value in alone.items():
         torch.testing.assert_close(wrapped[f"module.{key}"], value)
     assert not torch.equal(alone["0.parametrizations.weight.original"], state["0.parametrizations.weight.original"])
-    again = apbm_core.fuse(small_net(), IMAGES)
+    again = fuse_alone(small_net(), IMAGES)
     again.load_state_dict(model.module.state_dict())
     with torch.no_grad():
         assert_same_logits(model.eval()(IMAGES), apbm_core.compact(again.eval())(IMAGES))
-    for verb in (apbm_core.compact, lambda net: apbm_core.fuse(net, IMAGES)):
+    for verb in (apbm_core.compact, lambda net: fuse_alone(net, IMAGES)):
         with pytest.raises(UnsupportedNetwork, match=r"pass its \.module, and wrap what comes back"):
             verb(model)
 
 
 @pytest.mark.slow
 def test_a_fused_network_can_be_compiled():
-    slim = apbm_core.fuse(small_net(), IMAGES).eval()
+    slim = fuse_alone(small_net(), IMAGES).eval()
     compiled = torch.compile(slim)
     with torch.no_grad():
         for progress in (0.0, 0.5, 1.0):

@@ -87,7 +87,7 @@ def test_fused_and_compacted_agree_on_networks_of_others(name):
     model, x = torchvision_net(name), torch.randn(2, 3, 64, 64)
     layer, count = NETWORKS[name]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    slim = apbm_core.fuse(model, x, keep=0.5)
+    slim = apbm_core.fuse(model, x, keep=0.5, groups=False)
     names = [name for name, _, _ in fused_layers(slim)]
     assert layer in names and len(names) == count
     slim.train()
@@ -134,7 +134,7 @@ def test_keep_may_name_layers_and_counts():
         "layer1.0.conv1": 3,
         "layer3.2.conv1": 16,
     }
-    every = apbm_core.fuse(model, x, keep=1.0, ignore=["layer1.0.conv1"])
+    every = apbm_core.fuse(model, x, keep=1.0, ignore=["layer1.0.conv1"], groups=False)
     layers = list(fused_layers(every))
     assert len(layers) == 8
     assert all(conv.weight.shape[0] == fusion.matrix.shape[1] for _, conv, fusion in layers)
@@ -198,17 +198,17 @@ class HardCoded(nn.Module):
     ("network", "words"),
     [
         (Shared(), "calls it 2 times"),
-        (TwoHeads(), "ignore"),
-        (HardCoded(), "ignore"),
+        (TwoHeads(), "returns other shapes"),
+        (HardCoded(), "does not run any more with fewer filters"),
         (nn.Sequential(nn.Conv2d(3, 6, 3)), "own output"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), "no nn.Conv2d"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), "no layer that others read"),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 2, 3)), "GroupNorm"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 2, 3)), "grouped"),
     ],
 )
 def test_what_cannot_be_fused_is_declined_with_a_reason(network, words):
     with pytest.raises(UnsupportedNetwork, match=words):
-        apbm_core.fuse(network, torch.randn(1, 3, 8, 8))
+        apbm_core.fuse(network, torch.randn(1, 3, 8, 8), groups=False)
 
 
 def test_residual_stages_are_left_alone():
@@ -232,7 +232,7 @@ def test_unknown_layers_and_bad_indices_are_named():
     with pytest.raises(ConfigError, match="'layer9'"):
         apbm_core.fuse(model, x, ignore=["layer9"])
     with pytest.raises(UnsupportedNetwork, match="'conv1' cannot be fused: its outputs are coupled"):
-        apbm_core.fuse(model, x, keep={"conv1": 0.5})
+        apbm_core.fuse(model, x, keep={"conv1": 0.5}, groups=False)
     for indices, words in (([], "no filter"), ([0, 99], "0..15"), ([1, 1], "twice")):
         with pytest.raises(ConfigError, match=words):
             apbm_core.slim(model, x, {"layer1.0.conv1": indices})

@@ -44,7 +44,7 @@ def network(name: str, kind: str) -> nn.Module:
 def fused_network(name: str, settings: FusionSettings | None = None) -> nn.Module:
     """The slim network with its banks of dense width."""
     keep = dict(zip(prunable_convs(name), slim_widths(name), strict=True))
-    return fuse(network(name, "dense"), torch.zeros(1, 3, 32, 32), keep, settings)
+    return fuse(network(name, "dense"), torch.zeros(1, 3, 32, 32), keep, settings, groups=False)
 
 
 def random_split(count: int) -> DataSplit:

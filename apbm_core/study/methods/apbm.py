@@ -130,7 +130,9 @@ def prune(task: Task) -> nn.Module:
 
 def train_fused(task: Task, options: Options) -> nn.Module:
     """The one phase that APBM and DCFF share: fuse, train with rescoring, compact."""
-    model = fuse(task.build(), task.example_inputs, task.widths, options.settings, passing=options.passing)
+    model = fuse(
+        task.build(), task.example_inputs, task.widths, options.settings, groups=False, passing=options.passing
+    )
     task.train("train", model, task.config.epochs, hooks=[FusionHook(model, options)])
     return compact(model)
 

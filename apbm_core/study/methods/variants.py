@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from apbm_core import similarity
-from apbm_core.fusion import FilterFusion, FusionSettings, LayerFusion
+from apbm_core.fusion import FilterFusion, FusionSettings
 from apbm_core.study.options import added
 
 Metric = Literal["euclidean", "cosine"]
@@ -74,7 +74,7 @@ class VariantFusion(FilterFusion):
         if self.amount is None or self.is_selection:
             return fused
         own = self.filters(bank).index_select(0, self.selected)
-        return own + self.amount.view(-1, 1, 1, 1) * (fused - own)
+        return own + self.amount.view(-1, *[1] * (bank.dim() - 1)) * (fused - own)
 
     @property
     def can_collapse(self) -> bool:
@@ -100,13 +100,14 @@ class VariantFusion(FilterFusion):
             self.gain.copy_(lengths)
         return bank.contiguous(memory_format=torch.preserve_format)
 
-    def rescore(self, bank: Tensor, progress: float, reselect: bool = True) -> LayerFusion:
-        return super().rescore(bank, progress, reselect and self.settings.reselect and not self._is_learning)
+    @property
+    def reselects(self) -> bool:
+        return self.settings.reselect and not self._is_learning
 
     def filters(self, bank: Tensor) -> Tensor:
         if self.gain is None:
             return bank
-        return bank * (self.gain / bank.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, 1, 1, 1)
+        return bank * (self.gain / bank.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, *[1] * (bank.dim() - 1))
 
     def distances(self, bank: Tensor) -> Tensor:
         return distances(bank, self.settings.metric)
@@ -124,13 +125,13 @@ class VariantFusion(FilterFusion):
     def slots(self, before: Tensor, selected: Tensor) -> Tensor:
         return super().slots(before, selected) if self.settings.stable_slots else selected
 
-    def mixture(self, log_p: Tensor) -> Tensor:
-        n, selected, mass = len(log_p), self.selected, self.settings.mass
+    def mixture(self, log_p: Tensor, selected: Tensor) -> Tensor:
+        n, mass = len(log_p), self.settings.mass
         identity = torch.eye(n, dtype=log_p.dtype, device=log_p.device)[selected]
         if not self.settings.fuse:
             return identity
         if mass == "all":
-            return super().mixture(log_p)
+            return super().mixture(log_p, selected)
         unimportant = torch.ones(n, dtype=torch.bool, device=log_p.device)
         unimportant[selected] = False
         if mass in ("assigned", "shuffled"):

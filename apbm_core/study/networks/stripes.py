@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from apbm_core.copies import plain_copy
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.forward import plain_copy
 from apbm_core.surgery import prunable_layers, slim
 
 
