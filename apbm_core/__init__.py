@@ -11,6 +11,7 @@ Three verbs for any network::
 from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ApbmError
 from apbm_core.fusion import FusionSettings
+from apbm_core.planning import Plan, plan
 from apbm_core.surgery import prunable_layers, slim, why_not_prunable
 
 __version__ = "0.2.0"
@@ -18,9 +19,11 @@ __version__ = "0.2.0"
 __all__ = [
     "ApbmError",
     "FusionSettings",
+    "Plan",
     "collapse",
     "compact",
     "fuse",
+    "plan",
     "prunable_layers",
     "rescore",
     "slim",

@@ -1,13 +1,13 @@
 """The verbs, for any network: fuse before training, rescore and collapse during it, compact after it."""
 
 from collections.abc import Collection, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from apbm_core.anatomy import Anatomy, kept_of
 from apbm_core.copies import is_parametrized_by, plain_copy
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import refuse_wrapped
@@ -16,13 +16,15 @@ from apbm_core.fusion import (
     FusionReport,
     FusionSettings,
     choose_together,
-    fit_saved_shape,
     fused_layers,
     rescore_together,
 )
-from apbm_core.groups import Group, outputs_of
+from apbm_core.fusion_state import fit_saved_shape
+from apbm_core.groups import outputs_of
 from apbm_core.passing import InputPassing, pass_inputs, why_not_passing
-from apbm_core.surgery import Anatomy, check_names, kept_of
+from apbm_core.planning import By, Rule, parse_keep, wanted_units
+
+__all__ = ["collapse", "compact", "fuse", "parse_keep", "rescore"]
 
 _OURS = (FilterFusion, InputPassing)
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")  # what optimizers call second moments
@@ -35,6 +37,9 @@ def fuse(
     settings: FusionSettings | None = None,
     ignore: Collection[str] = (),
     groups: bool = True,
+    target: float | None = None,
+    by: By = "params",
+    widths: Rule = "uniform",
     min_filters: int = 1,
     multiple: int = 1,
     passing: bool = False,
@@ -54,6 +59,9 @@ def fuse(
         settings: how to score and fuse; APBM's defaults if None.
         ignore: names of layers to leave as they are, with those they are tied to.
         groups: False: fuse the ``nn.Conv2d`` whose outputs are their own, and nothing else.
+        target: the share of the size to remove, in (0, 1), in place of ``keep``.
+        by: the size that is meant: parameters, MACs, or the latency of the example inputs on their device.
+        widths: how the target is divided among the layers (see :func:`apbm_core.planning.units_for_target`).
         min_filters: no layer keeps fewer, unless it has fewer.
         multiple: round numbers of filters up to a multiple of this, which hardware may like (8, 16).
         passing: every fused filter is its own input channel plus what is fused, both in learned amounts (see
@@ -64,57 +72,12 @@ def fuse(
         UnsupportedNetwork: a named layer cannot be fused, or none can; the message says why.
     """
     anatomy = Anatomy(model, example_inputs, groups)
-    units = wanted_units(anatomy, keep, ignore, min_filters, multiple)
+    units = wanted_units(anatomy, keep, ignore, target, by, widths, min_filters, multiple)
     small = fuse_anatomy(anatomy, units, settings or FusionSettings())
     if passing:
         fused = {name: module for name, module, _ in fused_layers(small) if isinstance(module, nn.Conv2d)}
         pass_inputs(small, [name for name, conv in fused.items() if why_not_passing(conv) is None])
     return small
-
-
-def wanted_units(
-    anatomy: Anatomy, keep: float | Mapping, ignore: Collection[str] = (), min_filters: int = 1, multiple: int = 1
-) -> dict[str, int]:
-    """How many units each group keeps, by the groups' names; arguments and errors as those of :func:`fuse`."""
-    reasons, model = anatomy.reasons, anatomy.model
-    check_names(ignore, reasons)
-    if min_filters < 1 or multiple < 1:
-        raise ConfigError(f"min_filters is {min_filters} and multiple {multiple}; both are whole numbers from 1.")
-    shares: dict[str, float | int] = {}
-    if isinstance(keep, Mapping):
-        check_names(keep, reasons)
-        for name in (name for name in reasons if name in keep and name not in ignore):
-            if reasons[name] is not None:
-                raise UnsupportedNetwork(f"layer {name!r} cannot be fused: {reasons[name]}.")
-            group = anatomy.group_of(name).name
-            if shares.setdefault(group, keep[name]) != keep[name]:
-                raise ConfigError(
-                    f"layer {name!r} is tied to {group!r}, but keep says {keep[name]} and {shares[group]}."
-                )
-    else:
-        shares = dict.fromkeys(anatomy.groups, keep)
-    shares = {name: share for name, share in shares.items() if not set(anatomy.groups[name].layers) & set(ignore)}
-    if not shares:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4] if reason)
-        raise UnsupportedNetwork(
-            f"no layer of this {type(model).__name__} can be fused ({why or 'it has no layer that others read'}). "
-            "Networks whose blocks have inner convolutions, such as VGG, ResNet or DenseNet, can."
-        )
-    return {name: _units(anatomy.groups[name], share, min_filters, multiple) for name, share in shares.items()}
-
-
-def _units(group: Group, share: float | int, min_filters: int, multiple: int) -> int:
-    n, copies = group.units * group.copies, group.copies
-    if isinstance(share, Integral):
-        kept, left = divmod(parse_keep(share, n, group.name), copies)
-        if left:
-            raise ConfigError(f"layer {group.name!r} keeps {copies} filters together; {share} is no multiple of that.")
-    else:
-        kept = parse_keep(share, group.units, group.name)
-    kept = max(kept, -(-min_filters // copies))
-    while (kept * copies) % multiple and kept < group.units:
-        kept += 1
-    return min(kept, group.units)
 
 
 def fuse_anatomy(anatomy: Anatomy, units: Mapping[str, int], settings: FusionSettings) -> nn.Module:
@@ -255,24 +218,6 @@ def compact(model: nn.Module) -> nn.Module:
         raise ConfigError("the network has no fused layer, so there is nothing to compact; use it as it is.")
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
         return plain_copy(model, _OURS)
-
-
-def parse_keep(value: int | float, n: int, name: str) -> int:
-    """Number of filters that ``keep`` asks for in a layer of n: a ratio in (0, 1] as a float, or an int from 1 to n.
-
-    A ratio keeps round(ratio * n) filters, at least one. The type decides: ``1`` is one filter, ``1.0`` is all of them.
-
-    Raises:
-        ConfigError: If ``value`` is neither; the message names the layer ``name``.
-    """
-    if isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= n:
-        return int(value)
-    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value <= 1:
-        return max(1, round(float(value) * n))
-    raise ConfigError(
-        f"keep for layer {name!r} is {value!r}; give a ratio above 0 and up to 1.0 (a float), "
-        f"or a whole number of filters from 1 to {n} (an int)."
-    )
 
 
 def _cannot_be_pickled(_module: nn.Module) -> None:

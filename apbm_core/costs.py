@@ -22,10 +22,11 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apbm_core.anatomy import check_names, trace_dependencies
 from apbm_core.counting import count_parameters
 from apbm_core.errors import ConfigError
 from apbm_core.forward import evaluation_mode
-from apbm_core.surgery import check_names, prunable_layers, trace_dependencies
+from apbm_core.surgery import prunable_layers
 
 By = Literal["params", "macs"]
 

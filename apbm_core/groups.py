@@ -124,14 +124,15 @@ def _group(graph, layer: nn.Module, names: Mapping, calls: int, coupled: bool) -
         return alone.but("torch-pruning does not see it in the computation")
     if n < 2:
         return alone.but("it has a single filter")
+    asked = list(range(n)) if coupled else [0]  # one filter of a layer by itself stands for all of them
     try:
-        items = list(graph.get_pruning_group(layer, removes_outputs(layer), list(range(n))))
+        items = list(graph.get_pruning_group(layer, removes_outputs(layer), asked))
     except Exception as error:
         return alone.but(f"torch-pruning cannot follow its outputs ({type(error).__name__}: {error})")
-    if not coupled and (reason := _why_not_alone(graph, items, layer, names)):
-        return alone.but(reason)
+    if not coupled:
+        reason = _why_not_alone(graph, items, layer, names)
+        return alone.but(reason) if reason else replace(alone, sides=_sides(graph, items, names))
     layers: dict[str, Tensor] = {}
-    sides: dict[tuple[str, str], int] = {}
     blocks, is_read = 1, False
     for item in items:
         dep, module, kind = item.dep, item.dep.target.module, item.dep.target.type
@@ -144,8 +145,6 @@ def _group(graph, layer: nn.Module, names: Mapping, calls: int, coupled: bool) -
             continue
         is_out = graph.is_out_channel_pruning_fn(dep.handler)
         follows = not isinstance(module, LAYERS) or is_depthwise(module)
-        side = "itself" if kind == OPTYPE.PARAMETER else "out" if is_out else "in"
-        sides[label, side] = len(item.idxs)
         in_order = list(item.idxs) == list(item.root_idxs) == list(range(n))
         if not follows and is_out:
             if len(item.idxs) != outputs_of(module) or sorted(item.root_idxs) != list(range(n)):
@@ -163,7 +162,18 @@ def _group(graph, layer: nn.Module, names: Mapping, calls: int, coupled: bool) -
         return alone.but(f"its {n} filters serve {blocks} groups of channels, so there is none to spare")
     units = n // blocks
     layers = {label: channels.view(blocks, units).T for label, channels in layers.items()}
-    return Group(name, layers, {key: count // units for key, count in sides.items()})
+    return Group(name, layers, {side: count // units for side, count in _sides(graph, items, names).items()})
+
+
+def _sides(graph, items: Collection, names: Mapping) -> dict[tuple[str, str], int]:
+    """(module or parameter, "in", "out" or "itself") -> of how many of its channels torch-pruning speaks."""
+    sides = {}
+    for item in items:
+        label, is_out = names.get(item.dep.target.module), graph.is_out_channel_pruning_fn(item.dep.handler)
+        if label is not None:
+            side = "itself" if item.dep.target.type == OPTYPE.PARAMETER else "out" if is_out else "in"
+            sides[label, side] = len(item.idxs)
+    return sides
 
 
 def layer_groups(layer: nn.Module) -> int:

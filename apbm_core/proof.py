@@ -18,6 +18,7 @@ from apbm_core.forward import call, evaluation_mode, tensors_in
 from apbm_core.groups import LAYERS
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_LARGE = 20_000_000  # parameters; networks of more are compared in float32, which takes half the memory
 
 _WITH_CHANNELS = (
     *LAYERS,
@@ -36,20 +37,19 @@ Cuts = Mapping[str, tuple[Tensor | None, ...]]
 def with_random_weights(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Any]]:
     """A copy with weights of ordinary size and unordinary values, and inputs for it: those given, and noise.
 
-    In float64 where the network runs in it.
+    In float64 where the network runs in it, and is not too large.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        return (torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * std + mean).to(tensor)
+        return (torch.randn(tensor.shape, generator=generator) * std + mean).to(tensor)
 
     noise = pytree.tree_map(lambda leaf: draw(leaf) if _is_float(leaf) else leaf, inputs)
-    for dtype in (torch.float64, torch.float32, None):
-        dense = copy_of(model).eval()
+    is_large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
+    for dtype in (torch.float32,) if is_large else (torch.float64, torch.float32):
+        dense = copy_of(model).eval().to(dtype)
         tried = [inputs, noise]
-        if dtype is not None:
-            dense = dense.to(dtype)
-            tried = pytree.tree_map(lambda leaf, dtype=dtype: leaf.to(dtype) if _is_float(leaf) else leaf, tried)
+        tried = pytree.tree_map(lambda leaf, dtype=dtype: leaf.to(dtype) if _is_float(leaf) else leaf, tried)
         with torch.no_grad():
             for module in dense.modules():
                 for name, value in (*module._parameters.items(), *module._buffers.items()):

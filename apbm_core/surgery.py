@@ -1,33 +1,14 @@
-"""Physical slimming of any network: which filters can go, why others cannot, and the network without them.
+"""Physical slimming of any network: which filters can go, why others cannot, and the network without them."""
 
-Which channels hang together is found by torch-pruning (groups.py), and every surgery is proved by numbers (proof.py):
-what cannot be shown to be right is left alone, and the reason kept.
-"""
-
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
-from apbm_core import proof
-from apbm_core.copies import computes_its_weights, copy_of, has_own_forward, ordinary_copy, takes_computed_weight
+from apbm_core.anatomy import Anatomy, check_names
 from apbm_core.errors import ConfigError, UnsupportedNetwork
-from apbm_core.forward import (
-    call,
-    count_calls,
-    describe,
-    evaluation_mode,
-    ordinary_inputs,
-    refuse_wrapped,
-    tensors_in,
-    trained_shapes,
-)
-from apbm_core.fusion import fused_layers
-from apbm_core.groups import LAYERS, Group, find_groups, outputs_of, removes_outputs
-from apbm_core.proof import Cuts
+from apbm_core.groups import outputs_of
 
 
 def prunable_layers(model: nn.Module, example_inputs: Any, groups: bool = False) -> dict[str, int]:
@@ -68,7 +49,7 @@ def slim(
         ConfigError: an unknown name, an index out of range or given twice, or an empty list.
         UnsupportedNetwork: a named layer's filters cannot be removed, or the network does not run without them.
     """
-    anatomy = Anatomy(model, example_inputs, groups)
+    anatomy = Anatomy(model, example_inputs, groups, prove=groups)  # what is cut is proved in any case
     check_names(keep, anatomy.reasons)
     modules, units = dict(model.named_modules()), {}
     for name, indices in keep.items():
@@ -88,261 +69,6 @@ def slim(
     return anatomy.cut(units)[0]
 
 
-class Anatomy:
-    """How a network's layers hang together, and what can be cut out of it.
-
-    Attributes:
-        groups: name of the first layer -> the layers whose filters go together, where they can.
-        reasons: layer -> None if its filters can go, else why not.
-
-    Args:
-        model: any network; not modified.
-        example_inputs: one batch the network accepts.
-        coupled: False: only ``nn.Conv2d`` whose outputs are their own.
-
-    Raises:
-        UnsupportedNetwork: the network is wrapped, or fused already, or does not run, or cannot be traced.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Any, coupled: bool):
-        refuse_wrapped(model)
-        for name, _, _ in fused_layers(model):
-            raise UnsupportedNetwork(f"layer {name!r} is fused already; compact() the network first.")
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            self.model, self.inputs = model, ordinary_inputs(example_inputs)
-            self._plain = ordinary_copy(model)
-            calls = count_calls(self._plain, self.inputs)
-            twin, graph = self._trace()
-            found = find_groups(graph, calls, self._untouchable(), self._unfusable(), coupled)
-            self.reasons = {name: group.reason for name, group in found.items()}
-            right = [group for group in found.values() if group.reason is None]
-            if not any(parameter.is_meta for parameter in model.parameters()):  # which hold nothing to compute with
-                self._dense, self._batches = proof.with_random_weights(self._plain, self.inputs)
-                try:
-                    self._trained = trained_shapes(model, self.inputs)
-                except Exception:  # such as BatchNorm on a single value: that says nothing about a surgery
-                    self._trained = None
-                right = self._provable(right, (twin, graph))
-        self.groups = {group.name: group for group in right}
-        for group in right:
-            self.reasons |= dict.fromkeys(group.layers)
-        self.reasons = {name: self.reasons[name] for name, _ in model.named_modules() if name in self.reasons}
-
-    def group_of(self, layer: str) -> Group:
-        return next(group for group in self.groups.values() if layer in group.layers)
-
-    def cut(self, keep: Mapping[str, Tensor]) -> tuple[nn.Module, Cuts]:
-        """The network with these units of these groups only, and what is left of its parameters.
-
-        Raises:
-            UnsupportedNetwork: it does not compute what the network without them should.
-        """
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            chosen = {self.groups[name]: kept for name, kept in keep.items() if len(kept) < self.groups[name].units}
-            small, cuts = self._cut(chosen)
-            if reason := self._mistake(small, cuts):
-                raise UnsupportedNetwork(f"this {type(self.model).__name__} cannot be cut this way: {reason}.")
-        return small, cuts
-
-    def _provable(self, groups: list[Group], traced: tuple | None = None) -> list[Group]:
-        """Those of the groups that can be cut together and proved right; of the others, the reason is kept."""
-        if not groups:
-            return []
-        reason = self._try(groups, traced)
-        if reason is None:
-            return groups
-        if len(groups) == 1:
-            for larger in groups[0].in_larger_units():
-                if self._try([larger]) is None:
-                    return [larger]
-            self.reasons |= dict.fromkeys(groups[0].layers, reason)
-            return []
-        half = len(groups) // 2
-        first, second = self._provable(groups[:half]), self._provable(groups[half:])
-        if not first or not second or (len(first + second) < len(groups) and self._try(first + second) is None):
-            return first + second
-        for group in second:  # each half is right, and both together are not
-            if (reason := self._try([*first, group])) is None:
-                first.append(group)
-            else:
-                self.reasons |= dict.fromkeys(group.layers, reason)
-        return first
-
-    def _try(self, groups: list[Group], traced: tuple | None = None) -> str | None:
-        """What goes wrong when every third unit or so of these groups is removed, in no order; or None."""
-        keep, generator = {}, torch.Generator().manual_seed(0)
-        for group in groups:
-            count = min(-(-2 * group.units // 3), group.units - 1)
-            keep[group] = torch.randperm(group.units, generator=generator)[:count].sort().values
-        try:
-            return self._mistake(*self._cut(keep, traced))
-        except UnsupportedNetwork as error:
-            return str(error)
-
-    def _cut(self, keep: Mapping[Group, Tensor], traced: tuple | None = None) -> tuple[nn.Module, Cuts]:
-        twin, graph = traced or self._trace()
-        modules = dict(twin.named_modules())
-        shapes = {}
-        # torch-pruning works through the groups one by one; tags in place of the values remember what came from where.
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            shapes[name] = tensor.shape
-            if tensor.is_floating_point():
-                tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-        instance_norms = [m for m in modules.values() if isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels]
-        for group, kept in keep.items():
-            gone = torch.ones(group.units, dtype=torch.bool)
-            gone[kept.cpu()] = False
-            channels = group.layers[group.name][gone].flatten().sort().values.tolist()
-            layer = modules[group.name]
-            try:
-                graph.get_pruning_group(layer, removes_outputs(layer), channels).prune()
-            except Exception as error:
-                raise UnsupportedNetwork(
-                    f"torch-pruning fails to remove its filters ({type(error).__name__}: {error})"
-                ) from error
-        for norm in instance_norms:
-            norm.num_groups = norm.num_channels
-        cuts = {}
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            if tensor.shape != shapes[name]:
-                cuts[name] = _left(tensor.detach(), shapes[name])
-        return twin, cuts
-
-    def _mistake(self, small: nn.Module, cuts: Cuts) -> str | None:
-        """What is wrong with a cut network, or None; it is given the network's own weights in the end."""
-        try:
-            _fill(small, self._dense, cuts)
-            off = proof.difference(self._dense, small, cuts, self._batches)
-        except Exception as error:
-            return (
-                f"the network does not run any more with fewer filters ({type(error).__name__}: {_first_line(error)})"
-            )
-        dtype = next((t.dtype for t in self._dense.parameters() if t.is_floating_point()), torch.float32)
-        if off == float("inf"):
-            return "without some filters the network returns other shapes, or nothing finite"
-        if off > proof.TOLERANCE.get(dtype, 1e-2):
-            return f"without some filters the network computes something else (difference {off:.1e})"
-        _fill(small, self._plain, cuts)
-        own = dict(self.model.named_modules())
-        for name, module in small.named_modules():
-            module.training = own[name].training if name in own else module.training
-        for name in self._computed:  # norms and masks of weights were taken away for the tracing
-            small.set_submodule(name, copy_of(own[name]))
-        if self._trained is None:
-            return None
-        try:
-            after = trained_shapes(small, self.inputs)
-        except Exception as error:
-            return f"with fewer filters the network does not run in training mode ({_first_line(error)})"
-        if after != self._trained:
-            return f"in training the network returns other shapes, {after} for {self._trained}"
-        return None
-
-    def _trace(self) -> tuple[nn.Module, torch_pruning.DependencyGraph]:
-        twin = copy_of(self._plain)
-        for parameter in twin.parameters():  # torch-pruning follows gradients
-            parameter.requires_grad_(parameter.is_floating_point())
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graph = torch_pruning.DependencyGraph().build_dependency(
-                    twin.eval(),
-                    example_inputs=self.inputs,
-                    forward_fn=call,
-                    output_transform=lambda out: [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None],
-                )
-        except Exception as error:
-            raise UnsupportedNetwork(
-                f"torch-pruning cannot trace this {type(self.model).__name__} on inputs of shape "
-                f"{describe(self.inputs)}: {error}. Check that model(example_inputs) runs and is plain PyTorch."
-            ) from error
-        return twin, graph
-
-    @property
-    def _computed(self) -> list[str]:
-        return [name for name, module in self.model.named_modules() if computes_its_weights(module)]
-
-    def _unfusable(self) -> dict[str, str]:
-        """Layer -> why its weight cannot be computed, as a fusion does."""
-        inputs: dict[str, tuple] = {}
-        own = {n: m for n, m in self._plain.named_modules() if isinstance(m, LAYERS) and has_own_forward(m)}
-        handles = [
-            module.register_forward_pre_hook(lambda _m, given, name=name: inputs.update({name: given}))
-            for name, module in own.items()
-        ]
-        try:
-            with torch.no_grad(), evaluation_mode(self._plain):
-                call(self._plain, self.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {
-            name: "its own forward pass changes its weight"
-            for name, given in inputs.items()
-            if not takes_computed_weight(own[name], given)
-        }
-
-    def _untouchable(self) -> dict[str, str]:
-        """Module -> why nothing of it may go."""
-        reasons = {
-            name: f"{name} computes its weight from other parameters (a norm, a mask)" for name in self._computed
-        }
-        owners: dict[int, str] = {}
-        for name, module in self.model.named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
-                other = owners.setdefault(id(parameter), name)
-                if other != name:
-                    reasons |= {
-                        name: f"{name} shares its {key} with {other}",
-                        other: f"{other} shares its {key} with {name}",
-                    }
-        return reasons
-
-
-def _left(tags: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, ...]:
-    """For each dimension of a tagged tensor that was cut from ``shape``: the indices left; None where all are."""
-    left = []
-    strides = torch.empty(tuple(shape), device="meta").stride()
-    for dim, size in enumerate(shape):
-        if tags.shape[dim] == size:
-            left.append(None)
-            continue
-        line = tags[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))]
-        left.append((line.long() // strides[dim]) % size)
-    return tuple(left)
-
-
-def kept_of(value: Tensor, cut: Sequence[Tensor | None]) -> Tensor:
-    """The part of a parameter that a surgery left."""
-    for dim, indices in enumerate(cut):
-        if indices is not None:
-            value = value[(slice(None),) * dim + (indices.to(value.device),)]
-    return value
-
-
-def _fill(small: nn.Module, dense: nn.Module, cuts: Cuts) -> None:
-    """Give a cut network the values that are left of the dense one's."""
-    values = dict(dense.named_parameters(remove_duplicate=False)) | dict(dense.named_buffers(remove_duplicate=False))
-    made: dict[int, Tensor] = {}  # what is shared stays shared
-    for name, module in small.named_modules():
-        prefix = f"{name}." if name else ""
-        for kind in (module._parameters, module._buffers):
-            for key, old in kind.items():
-                value = values.get(prefix + key)
-                if old is None or value is None:
-                    continue
-                cut = cuts.get(prefix + key)
-                if id(value) not in made:
-                    new = value.detach().clone() if cut is None else kept_of(value.detach(), cut)
-                    is_parameter = isinstance(old, nn.Parameter)
-                    made[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if is_parameter else new
-                kind[key] = made[id(value)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tensor:
     kept = torch.as_tensor(indices, dtype=torch.long).flatten().sort().values.cpu()
     if len(kept) == 0:
@@ -352,9 +78,3 @@ def _checked_indices(name: str, indices: Sequence[int] | Tensor, n: int) -> Tens
     if len(kept.unique()) < len(kept):
         raise ConfigError(f"a filter of layer {name!r} is listed twice in {kept.tolist()}.")
     return kept
-
-
-def check_names(names: Iterable[str], known: Mapping[str, str | None]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"no layer is called {unknown[0]!r}; the network has {', '.join(known)}.")

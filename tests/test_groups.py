@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import apbm_core
+from apbm_core.anatomy import Anatomy
 from apbm_core.forward import call
 from apbm_core.fusion import fused_layers
 from apbm_core.similarity import log_similarity, pairwise_distances, relative_entropy, scale_free
-from apbm_core.surgery import Anatomy
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +70,8 @@ def test_a_group_has_one_selection_and_one_mixture_from_the_filters_of_all_its_l
         distance = pairwise_distances(bank)
         rows.append(bank / (distance.sum() / (12 * 11)))
     log_p = log_similarity(scale_free(pairwise_distances(torch.cat(rows, 1))), torch.log(torch.tensor(12.0)).item())
-    selected = layers["first"][1].selected
+    selected = layers["first"][1].selected.clone()
+    first_matrices = {name: fusion.matrix.clone() for name, (_, fusion) in layers.items()}
     for _, fusion in layers.values():
         assert torch.equal(fusion.selected, selected)
         torch.testing.assert_close(fusion.matrix.double(), log_p[selected].exp(), rtol=1e-5, atol=1e-7)
@@ -81,6 +82,12 @@ def test_a_group_has_one_selection_and_one_mixture_from_the_filters_of_all_its_l
     expected = set(relative_entropy(log_p).topk(6).indices.tolist())
     assert all(set(fusion.selected.tolist()) == expected for _, fusion in layers.values())
     assert len({tuple(fusion.selected.tolist()) for _, fusion in layers.values()}) == 1  # in the same slots
+    rescaled = apbm_core.fuse(model, IMAGES, 0.5)
+    for name, module, fusion in fused_layers(rescaled):  # the same P, to each layer's own length
+        assert not fusion.is_selection
+        torch.testing.assert_close(fusion.matrix / fusion.matrix.sum(1, keepdim=True), first_matrices[name])
+        kept = module.parametrizations.weight.original[fusion.selected]
+        torch.testing.assert_close(module.weight.flatten(1).norm(dim=1).mean(), kept.flatten(1).norm(dim=1).mean())
 
 
 @pytest.mark.parametrize("groups", [2, 4])

@@ -73,7 +73,7 @@ def allowed(path: str) -> tuple[set[str], set[str]]:
         at_once = declared("study", *(["notebooks"] if path.startswith(WITH_JUPYTER) else []))
         return at_once, everything - declared("dev") | at_once
     if path.startswith("apbm_core/"):
-        return declared(), declared("onnx")
+        return declared(), declared("onnx", "study")
     return declared("study", "notebooks", "onnx"), declared("study", "notebooks", "onnx")  # notebooks, examples
 
 

@@ -19,6 +19,9 @@ NETWORKS = {
 }
 
 
+FAST = [pytest.param(name, marks=pytest.mark.slow if name in ("densenet121", "vgg16_bn") else ()) for name in NETWORKS]
+
+
 def randomised(model: nn.Module) -> nn.Module:
     """Random BatchNorm statistics and scales, so that nothing cancels by symmetry."""
     for module in model.modules():
@@ -70,7 +73,7 @@ def choice(layers: dict[str, int]) -> dict[str, list[int]]:
     return {name: sorted(torch.randperm(n)[: max(1, n // 3)].tolist()) for name, n in layers.items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FAST)
 def test_slim_equals_the_dense_network_without_those_channels(name):
     model, x = torchvision_net(name), torch.randn(2, 3, 64, 64)
     layers = prunable_layers(model, x)
@@ -82,7 +85,7 @@ def test_slim_equals_the_dense_network_without_those_channels(name):
     assert all(modules[layer].out_channels == len(kept) for layer, kept in keep.items())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FAST)
 def test_fused_and_compacted_agree_on_networks_of_others(name):
     model, x = torchvision_net(name), torch.randn(2, 3, 64, 64)
     layer, count = NETWORKS[name]

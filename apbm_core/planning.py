@@ -1,0 +1,294 @@
+"""How many filters each group of layers keeps, so that a target of parameters, MACs or latency is met.
+
+Sizes are computed (costs.py); latency is measured on networks that are cut for it.
+"""
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from apbm_core import similarity
+from apbm_core.anatomy import Anatomy, check_names
+from apbm_core.errors import ConfigError, UnsupportedNetwork
+from apbm_core.forward import call, evaluation_mode
+from apbm_core.group_costs import GroupCosts
+from apbm_core.groups import Group, outputs_of
+
+By = Literal["params", "macs", "latency"]
+Rule = Literal["uniform", "balanced", "entropy"]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    keep: float | Mapping[str, float | int] = 0.5,
+    ignore: Collection[str] = (),
+    groups: bool = True,
+    target: float | None = None,
+    by: By = "params",
+    widths: Rule = "uniform",
+    min_filters: int = 1,
+    multiple: int = 1,
+) -> "Plan":
+    """What :func:`apbm_core.fuse` would do, without doing it: a table of the layers, what they keep, and why not.
+
+    Arguments and errors are those of ``fuse``.
+    """
+    anatomy = Anatomy(model, example_inputs, groups)
+    return plan_of(anatomy, wanted_units(anatomy, keep, ignore, target, by, widths, min_filters, multiple))
+
+
+def wanted_units(
+    anatomy: Anatomy,
+    keep: float | Mapping[str, float | int],
+    ignore: Collection[str] = (),
+    target: float | None = None,
+    by: By = "params",
+    widths: Rule = "uniform",
+    min_filters: int = 1,
+    multiple: int = 1,
+) -> dict[str, int]:
+    """How many units each group keeps, by the groups' names; arguments and errors as those of ``fuse``."""
+    reasons, model = anatomy.reasons, anatomy.model
+    check_names(ignore, reasons)
+    if min_filters < 1 or multiple < 1:
+        raise ConfigError(f"min_filters is {min_filters} and multiple {multiple}; both are whole numbers from 1.")
+    shares: dict[str, float | int] = {}
+    if isinstance(keep, Mapping):
+        check_names(keep, reasons)
+        for name in (name for name in reasons if name in keep and name not in ignore):
+            if reasons[name] is not None:
+                raise UnsupportedNetwork(f"layer {name!r} cannot be fused: {reasons[name]}.")
+            group = anatomy.group_of(name).name
+            if shares.setdefault(group, keep[name]) != keep[name]:
+                raise ConfigError(
+                    f"layer {name!r} is tied to {group!r}, but keep says {keep[name]} and {shares[group]}."
+                )
+    else:
+        shares = dict.fromkeys(anatomy.groups, keep)
+    shares = {name: share for name, share in shares.items() if not set(anatomy.groups[name].layers) & set(ignore)}
+    if not shares:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4] if reason)
+        raise UnsupportedNetwork(
+            f"no layer of this {type(model).__name__} can be fused ({why or 'it has no layer that others read'}). "
+            "Networks whose blocks have inner convolutions, such as VGG, ResNet or DenseNet, can."
+        )
+    if target is not None:
+        return units_for_target(anatomy, list(shares), target, by, widths, min_filters, multiple)
+    found = {}
+    for name, share in shares.items():
+        group = anatomy.groups[name]
+        filters = group.units * group.copies
+        kept = parse_keep(share, filters, name)
+        if isinstance(share, Integral) and kept % group.copies:
+            raise ConfigError(f"layer {name!r} keeps {group.copies} filters together; {share} is no multiple of that.")
+        wanted = kept // group.copies if isinstance(share, Integral) else parse_keep(share, group.units, name)
+        found[name] = allowed_units(group, wanted, min_filters, multiple)
+    return found
+
+
+def parse_keep(value: int | float, n: int, name: str) -> int:
+    """Number of filters that ``keep`` asks for in a layer of n: a ratio in (0, 1] as a float, or an int from 1 to n.
+
+    A ratio keeps round(ratio * n) filters, at least one. The type decides: ``1`` is one filter, ``1.0`` is all of them.
+
+    Raises:
+        ConfigError: If ``value`` is neither; the message names the layer ``name``.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= n:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < value <= 1:
+        return max(1, round(float(value) * n))
+    raise ConfigError(
+        f"keep for layer {name!r} is {value!r}; give a ratio above 0 and up to 1.0 (a float), "
+        f"or a whole number of filters from 1 to {n} (an int)."
+    )
+
+
+def units_for_target(
+    anatomy: Anatomy,
+    names: Collection[str],
+    target: float,
+    by: By = "params",
+    rule: Rule = "uniform",
+    min_filters: int = 1,
+    multiple: int = 1,
+) -> dict[str, int]:
+    """How many units each named group keeps so that ``target`` of the size is removed, as near as it goes.
+
+    Args:
+        target: the share of the parameters, MACs or latency to remove, in (0, 1).
+        by: what of; latency is the median time of a forward pass on the example inputs, on their device, now.
+        rule: "uniform": the same share of every group; "balanced": the widths of the largest harmonic mean, which are
+            narrow where filters are expensive; "entropy": more of groups whose filters resemble each other,
+            the share (1 - R)^g of a group of redundancy R (methods.md 1, entropy budget), for trained networks.
+
+    Raises:
+        ConfigError: ``target`` is out of range, or more than these layers have.
+    """
+    if not 0 < target < 1:
+        raise ConfigError(f"target is {target!r}; give the share to remove, above 0 and below 1.")
+    if by not in ("params", "macs", "latency") or rule not in ("uniform", "balanced", "entropy"):
+        raise ConfigError(
+            f"by = {by!r}, widths = {rule!r}; by is params, macs or latency, widths uniform, balanced or entropy."
+        )
+    groups = [anatomy.groups[name] for name in names]
+    redundancy = {g.name: _redundancy(anatomy, g) for g in groups} if rule == "entropy" else {}
+    dear = dict.fromkeys((g.name for g in groups), 1.0)
+    costs = GroupCosts(anatomy)
+
+    def units_at(strength: float) -> dict[str, int]:
+        """From all units at 0 to the fewest at 1."""
+        found = {}
+        for group in groups:
+            if rule == "balanced":
+                most = max(g.units / dear[g.name] for g in groups)
+                found[group.name] = allowed_units(
+                    group, (1 - strength) * most * dear[group.name], min_filters, multiple
+                )
+                continue
+            exponent = strength / (1 - strength) if strength < 1 else math.inf
+            share = (1 - redundancy[group.name]) ** exponent if rule == "entropy" else 1 - strength
+            found[group.name] = allowed_units(group, share * group.units, min_filters, multiple)
+        return found
+
+    def size(units: Mapping[str, int]) -> float:
+        if by == "latency":
+            return _latency(anatomy, units)
+        return costs.parameters(units) if by == "params" else costs.macs(units)
+
+    budget = (1 - target) * size({})
+    least = size(units_at(1.0))
+    if least > budget * 1.02:
+        raise ConfigError(
+            f"cannot remove {target:.1%} of the {by}: {1 - least / size({}):.1%} is the most that these layers give. "
+            "Lower the target or min_filters."
+        )
+    for _ in range(4 if rule == "balanced" else 1):
+        low, high = 0.0, 1.0
+        for _ in range(8 if by == "latency" else 30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if size(units_at(middle)) > budget else (low, middle)
+        units = units_at(high)
+        if rule == "balanced":  # 1 / sqrt(what another unit costs): where sum 1 / keep is least at this size
+            price = costs.macs if by == "macs" else costs.parameters
+            for g in groups:
+                step = 1 if units[g.name] < g.units else -1
+                more = abs(price(units | {g.name: units[g.name] + step}) - price(units))
+                dear[g.name] = (max(more, 1) * g.copies) ** -0.5
+    return units if by == "latency" else _nearest(groups, units, size, budget, min_filters, multiple)
+
+
+def _nearest(groups, units, size, budget, min_filters, multiple) -> dict[str, int]:
+    """Add a step to single groups, each that brings the size closest to the budget from below, while one does."""
+    while True:
+        best, gap = None, budget - size(units)
+        for group in groups:
+            more = allowed_units(group, units[group.name] + 1, min_filters, multiple)
+            if more > units[group.name]:
+                candidate = units | {group.name: more}
+                left = budget - size(candidate)
+                if 0 <= left < gap:
+                    best, gap = candidate, left
+        if best is None:
+            return units
+        units = best
+
+
+def allowed_units(group: Group, wanted: float, min_filters: int = 1, multiple: int = 1) -> int:
+    """The number of units next to ``wanted`` that keeps ``min_filters`` and a multiple of ``multiple`` filters."""
+    kept = max(1, round(wanted), -(-min_filters // group.copies))
+    while (kept * group.copies) % multiple and kept < group.units:
+        kept += 1
+    return min(kept, group.units)
+
+
+def _redundancy(anatomy: Anatomy, group: Group) -> float:
+    """``R = mean_i exp(H_i) / n`` at tau = 1 over the group's first layer: the share that a filter resembles."""
+    layer = dict(anatomy.model.named_modules())[group.name]
+    rows = layer.weight.detach().transpose(0, 1) if getattr(layer, "transposed", False) else layer.weight.detach()
+    n = len(rows)
+    log_p = similarity.log_similarity(similarity.scale_free(similarity.pairwise_distances(rows)), math.log(max(n, 2)))
+    return min(0.999, similarity.entropy(log_p).exp().mean().item() / n)
+
+
+def _latency(anatomy: Anatomy, units: Mapping[str, int], calls: int = 7) -> float:
+    """Median seconds of a forward pass of the network cut to so many units (which ones makes no difference)."""
+    model = anatomy.cut({name: torch.arange(count) for name, count in units.items()})[0] if units else anatomy.model
+    times = []
+    with torch.no_grad(), evaluation_mode(model):
+        for _ in range(calls + 2):
+            start = time.perf_counter()
+            call(model, anatomy.inputs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would become of each layer; prints as a table, and :meth:`frame` is a DataFrame where pandas is there.
+
+    Attributes:
+        rows: one a layer: its name, group, filters, kept, parameters, MACs, and why not (where it is left alone).
+        parameters, macs: of the whole network, dense and then.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+
+    def frame(self) -> Any:
+        """The rows as a pandas DataFrame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError(f"pandas is not installed ({error}); rows holds the same.") from None
+        return pandas.DataFrame(list(self.rows))
+
+    def __str__(self) -> str:
+        heads = list(self.rows[0]) if self.rows else []
+        cells = [heads]
+        for row in self.rows:
+            cells.append([f"{value:,}" if isinstance(value, int) else value for value in row.values()])
+        widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+        numbers = {"filters", "kept", "parameters", "MACs"}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if head in numbers else cell.ljust(width)
+                for head, cell, width in zip(heads, row, widths, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        (p0, p1), (m0, m1) = self.parameters, self.macs
+        lines.append(f"{p0:,} -> {p1:,} parameters ({1 - p1 / max(p0, 1):.1%} less), {m0:,} -> {m1:,} MACs")
+        return "\n".join(lines)
+
+
+def plan_of(anatomy: Anatomy, units: Mapping[str, int]) -> Plan:
+    """The table of what keeping so many units of these groups would come to."""
+    costs, rows, modules = GroupCosts(anatomy), [], dict(anatomy.model.named_modules())
+    group_of = {layer: group for group in anatomy.groups.values() for layer in group.layers}
+    for name, reason in anatomy.reasons.items():
+        group, (parameters, macs) = group_of.get(name), costs.of_layer(name, units)
+        filters = outputs_of(modules[name])
+        kept = round(filters * costs.left(name, "out", units))
+        why = reason or ("" if group.name in units else "not asked for")
+        label = group.name if group else ""
+        rows.append(
+            {"layer": name, "group": label, "filters": filters, "kept": kept}
+            | {"parameters": parameters, "MACs": macs, "why not": why}
+        )
+    return Plan(tuple(rows), (costs.parameters({}), costs.parameters(units)), (costs.macs({}), costs.macs(units)))
