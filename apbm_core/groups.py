@@ -201,7 +201,7 @@ def _why_not_alone(graph, items: Collection, layer: nn.Module, names: Mapping) -
         if dep.target.type == OPTYPE.PARAMETER:
             return f"its outputs are combined with the parameter {label}"
         is_out = graph.is_out_channel_pruning_fn(dep.handler)
-        if isinstance(module, LAYERS):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
                 return f"its outputs feed the grouped convolution {label}"
             if is_out and not is_depthwise(module):
