@@ -129,7 +129,7 @@ class Page:
         """Show the banner, if there is one; every parameter and its origin; the versions, the machine and the data;
         and which runs lack a record."""
         if self.study.banner:
-            display(HTML(f'<p class="banner" style="color:#B00020;font-weight:bold">{self.study.banner}</p>'))
+            display(HTML(f'<p class="banner" style="color:#d1495b;font-weight:bold">{self.study.banner}</p>'))
         facts = environment(self.study.device)
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         lines = [

@@ -14,7 +14,7 @@ import torch
 
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.pages import explorer, front, html_page
-from apbm_core.study.pages.index import neighbours
+from apbm_core.study.pages.index import neighbours, write_index
 from apbm_core.study.records import read_record
 from apbm_core.temperature import AnnealedTau
 
@@ -87,6 +87,20 @@ def test_a_notebook_reads_well_offline(opened, tmp_path, path):
     heads = f"{tables}.map((table) => [...table.querySelectorAll('th')]).flat()"
     ends = page.evaluate(f"{heads}.map((cell) => cell.getBoundingClientRect().right)")
     assert all(right <= A4_LANDSCAPE["width"] + 1 for right in ends), "a column is lost in print"
+
+
+def test_a_profiles_index_shows_its_figures_at_any_width(opened, tmp_path):
+    (tmp_path / "figures").mkdir()
+    figures = sorted((RESULTS / "quick" / "figures").glob("*.png"))
+    for figure in figures:
+        shutil.copy(figure, tmp_path / "figures")
+    index = write_index(tmp_path, "quick", "A name of code `apbm_core.study.networks.storage.load_compact` and more.")
+    for width in (390, 1400):
+        page = opened(index, width)
+        assert fits(page)
+        assert page.evaluate("[...document.images].filter((image) => image.naturalWidth && image.alt).length") == len(
+            figures
+        )
 
 
 # ---- the front page ----
