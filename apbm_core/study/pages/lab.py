@@ -68,9 +68,9 @@ def welcome(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
     """Prepare ``my/`` and start JupyterLab on the welcome page; further arguments are JupyterLab's."""
-    root = Path(__file__).resolve().parents[3]
+    root = root or Path(__file__).resolve().parents[3]
     copied, kept = prepare(root)
     if copied:
         print(f"Copied to {MY}/: {', '.join(copied)}")
