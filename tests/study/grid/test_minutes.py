@@ -59,9 +59,10 @@ def in_pieces(folder, minutes, **changes):
     raise AssertionError(said)
 
 
+@pytest.mark.slow
 def test_ten_times_stopped_and_continued_is_the_uninterrupted_study(whole, clock, tmp_path):
     _, reference = whole
-    records, stops = in_pieces(tmp_path / "grid", 0.12)
+    records, stops = in_pieces(tmp_path / "grid", 0.07)  # two steps a command, by that clock
     assert len(stops) >= 10, stops
     assert all("The same command goes on" in said for said in stops)
     assert sum("1 wait at a checkpoint" in said for said in stops) >= 8
@@ -73,7 +74,7 @@ def test_ten_times_stopped_and_continued_is_the_uninterrupted_study(whole, clock
 def test_so_is_one_whose_runs_share_a_training(clock, tmp_path):
     changes = {"methods": ["l1", "hrank", "swp"], "seeds": [0]}
     reference = Study.of(tmp_path / "whole" / "grid", **TINY | changes).run()
-    _, stops = in_pieces(tmp_path / "pieces" / "grid", 0.15, **changes)
+    _, stops = in_pieces(tmp_path / "pieces" / "grid", 0.07, **changes)
     assert len(stops) >= 5
     check_results(tmp_path / "pieces" / "grid", reference)
 
