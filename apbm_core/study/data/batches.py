@@ -7,7 +7,6 @@ horizontal flip are all folded into the index of each pixel. Nothing here has st
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,19 +15,16 @@ from torch import Tensor
 from apbm_core.errors import ConfigError
 from apbm_core.study.data.images import Images, generator_for
 
-PaddingMode = Literal["constant", "reflect"]
-
 
 @dataclass(frozen=True)
 class Augmentation:
     """Pad, crop at random, flip at random: the CIFAR augmentation of He et al. (*Deep Residual Learning*, section 4.2).
 
     Attributes:
-        padding: pixels added on each side before the crop.
+        padding: black pixels added on each side before the crop.
         crop: side of the square crop; ``None`` keeps the size of the image. A smaller one (24 of 32, say) trains on
             smaller images.
         flip: mirror each image left to right with probability 1/2.
-        padding_mode: "constant" pads with black, as torchvision's ``RandomCrop`` does; "reflect" mirrors the border.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -37,7 +33,6 @@ class Augmentation:
     padding: int = 4
     crop: int | None = None
     flip: bool = True
-    padding_mode: PaddingMode = "constant"
 
     def __post_init__(self) -> None:
         _require_integer("padding", self.padding, 0)
@@ -45,10 +40,6 @@ class Augmentation:
             _require_integer("crop", self.crop, 1)
         if not isinstance(self.flip, bool):
             raise ConfigError(f"flip is {self.flip!r}; it must be True or False.")
-        if self.padding_mode not in get_args(PaddingMode):
-            raise ConfigError(
-                f"padding_mode is {self.padding_mode!r}; it must be one of {', '.join(get_args(PaddingMode))}."
-            )
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of what becomes of images of this size.
@@ -68,11 +59,6 @@ class Augmentation:
                 f"padding is {padding}, so a random crop of {side} pixels may hold none of the image; use at most "
                 f"{side - 1}."
             )
-        if self.padding_mode == "reflect" and padding >= min(height, width):
-            raise ConfigError(
-                f"padding is {padding}, but reflecting a {width} x {height} image allows at most "
-                f"{min(height, width) - 1}; reduce it or use padding_mode 'constant'."
-            )
         return crop or height, crop or width
 
 
@@ -90,7 +76,6 @@ class BatchSource:
         device: where the images are kept and the batches are made.
         augmentation: ``None`` shuffles only.
         seed: decides, with the epoch's number, the order of the images, the crops and the flips.
-        drop_last: leave out the last batch of an epoch if it is not a full one (for static shapes).
 
     Attributes:
         num_images: images in the source.
@@ -109,24 +94,21 @@ class BatchSource:
         device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        drop_last: bool = False,
     ) -> None:
         _require_integer("batch_size", batch_size, 2)
         _require_integer("seed", seed, None)
         self.num_images = len(images)
-        if self.num_images < (batch_size if drop_last else 2):
+        if self.num_images < 2:
             raise ConfigError(
-                f"{self.num_images} training images are too few: batches of {batch_size} "
-                f"{'without a partial one ' if drop_last else ''}need at least {batch_size if drop_last else 2}."
+                f"{self.num_images} training images are too few: batches of {batch_size} need at least 2."
             )
         augmentation = augmentation or Augmentation(padding=0, flip=False)
         self.image_size = augmentation.output_size(*images.images.shape[1:3])
         self.batch_size = batch_size
         self.seed = seed
-        self._drop_last = drop_last
         self._flip = augmentation.flip
         self._device = torch.device(device)
-        padded = _pad(images.images.to(self._device), augmentation.padding, augmentation.padding_mode)
+        padded = _pad(images.images.to(self._device), augmentation.padding)
         self._padded_size = tuple(padded.shape[1:3])
         self._pixels = padded.reshape(-1, 3)
         self._labels = images.labels.to(self._device)
@@ -136,7 +118,7 @@ class BatchSource:
     def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
         full, rest = divmod(self.num_images, self.batch_size)
-        return full if self._drop_last or (rest == 1 and full > 0) else full + (rest > 0)
+        return full if rest == 1 and full > 0 else full + (rest > 0)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on, bit-identical to those of an uninterrupted epoch.
@@ -173,7 +155,7 @@ class BatchSource:
         rows = torch.arange(height, device=self._device) * padded_width
         columns = torch.arange(width, device=self._device)
         for step in range(start_step, self.steps_per_epoch):
-            last = step == self.steps_per_epoch - 1 and not self._drop_last
+            last = step == self.steps_per_epoch - 1
             batch = slice(step * self.batch_size, self.num_images if last else (step + 1) * self.batch_size)
             row_starts = first_pixels[batch, None] + rows
             offsets = torch.where(mirrored[batch, None], columns.flip(0), columns)
@@ -224,17 +206,9 @@ class _Normaliser:
         return normalised.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def _pad(images: Tensor, padding: int, mode: PaddingMode) -> Tensor:
-    """Pad height and width of (N, H, W, 3) images on both sides."""
-    if padding == 0:
-        return images
-    if mode == "constant":
-        return torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
-    rows, columns = (
-        torch.from_numpy(np.pad(np.arange(size), padding, mode="reflect")).to(images.device)
-        for size in images.shape[1:3]
-    )
-    return images[:, rows[:, None], columns]
+def _pad(images: Tensor, padding: int) -> Tensor:
+    """Pad height and width of (N, H, W, 3) images with black on both sides."""
+    return torch.nn.functional.pad(images, (0, 0, *4 * (padding,))) if padding else images
 
 
 def _require_integer(name: str, value: object, minimum: int | None) -> None:

@@ -18,6 +18,7 @@ from apbm_core.counting import count_parameters
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.export import FORMATS, Call, why_no_onnx, write_exported, write_onnx
 from apbm_core.files import sha256
+from apbm_core.study.data.named import NAMED
 from apbm_core.study.methods import label
 from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.study.networks.storage import load_compact, save_compact
@@ -208,4 +209,4 @@ def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Modu
 
 def _published_classes(record: RunRecord) -> int:
     """The number of classes of a record that does not state it: there are such of CIFAR and of the digits alone."""
-    return 100 if record.config.dataset == "cifar100" else 10
+    return len(NAMED[record.config.dataset].classes)
