@@ -9,18 +9,23 @@ from torch import nn
 from torchvision.models import vgg
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 
+from apbm_core.counting import count_macs, count_parameters
 from apbm_core.errors import ConfigError
 from apbm_core.study import networks
+from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.networks.models import (
     all_networks,
     build_model,
     check_model,
     check_training_side,
+    cost_table,
     dense_widths,
     network_label,
     prunable_convs,
 )
 from apbm_core.study.networks.resnet import BasicBlock, PadShortcut
+from apbm_core.study.networks.widths import solve_model_widths
+from apbm_core.study.report.frames import label_model
 
 
 def randomise_norms(model: nn.Module) -> None:
@@ -200,6 +205,20 @@ def test_a_further_file_is_a_further_network(small):
     check_training_side("small", 16)
     with pytest.raises(ConfigError, match="small .* crops of 15 pixels: so that a map is left, it takes 16 to 64"):
         check_training_side("small", 15)
+
+
+def test_a_further_network_has_a_size_widths_that_meet_a_target_and_runs_in_a_study(small):
+    assert network_label("small") == label_model("small") == "Small Net"
+    widths = dict(zip(prunable_convs("small"), solve_model_widths("small", 7, 0.5).widths, strict=True))
+    model = build_model("small", 7, list(widths.values()))
+    dense = count_parameters(build_model("small", 7))
+    assert cost_table("small", 7).parameters(widths) == count_parameters(model)
+    assert 1 - count_parameters(model) / dense == pytest.approx(0.5, abs=0.02)
+    assert cost_table("small", 7).macs(widths) == count_macs(model)
+    study = {"models": ["small"], "targets": {"small": [0.5]}, "dataset": "digits", "device": "cpu"}
+    assert {config.model for config in StudyParameters.parse(study).run_configs("digits")} == {"small"}
+    with pytest.raises(ConfigError, match="small cannot train on crops of 12 pixels"):
+        StudyParameters.parse(study | {"recipe_overrides": {"crop": 12}})
 
 
 def test_a_file_that_states_other_widths_than_its_network_has_is_refused(small):
