@@ -20,7 +20,8 @@ from torch import Tensor
 
 from apbm_core.errors import ConfigError, DataError
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # naming them spares Pillow the probing of its forty other decoders
+# Naming them spares Pillow the probing of its forty other decoders.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 DECODE_CHUNK = 250  # images a thread decodes at a time: long enough to hide the pool, short enough to stop on an error
 
 
@@ -67,7 +68,7 @@ class Images:
 def decode_images(
     encoded: Sequence[bytes | Path], size: tuple[int, int] | None, describe: Callable[[int], str], expected: str
 ) -> Tensor:
-    """Decode PNG, JPEG or WebP images of one size to RGB, in threads.
+    """Decode images of one size to RGB, in threads.
 
     Args:
         encoded: the encoded bytes, or the files that hold them; not empty.
@@ -106,13 +107,22 @@ def _decode(encoded: bytes | Path, size: tuple[int, int] | None, name: Callable[
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if size is None or (height, width) == size:
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                return _as_rgb(image)
     except Exception as error:  # damaged bytes make Pillow raise almost anything; all of it means "not decodable"
         reason = f"not a {', '.join(IMAGE_FORMATS)} image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise DataError(
             f"{name()} cannot be decoded ({reason}). The file is damaged: fetch it again or remove the image."
         ) from error
     raise DataError(f"{name()} is {width} x {height} pixels, but {expected}. Resize or remove it.")
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8. Sixteen bits of grey become eight, as the same picture saved in eight would have them."""
+    if image.mode.startswith("I;16") or image.mode == "I":  # which Pillow would cut off at 255
+        levels = np.asarray(image).astype(np.int64)
+        grey = ((levels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

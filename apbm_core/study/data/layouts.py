@@ -10,6 +10,7 @@ One that is there but damaged is an error, never a reason to try the next.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,18 @@ from apbm_core.study.data.images import Images, decode_images, fingerprint, gene
 from apbm_core.study.data.named import NAMED, NamedDataset
 
 SPLITS = ("train", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+)  # as torchvision, and GIF
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +69,7 @@ def find_layout(name: str, root: Path) -> Layout | None:
     if cifar.is_torchvisions(name) and cifar.torchvision_folder(name, root).is_dir():
         return TorchvisionLayout(name, root)
     folder = root / name
-    if name in NAMED and any((folder / f"{split}.parquet").exists() for split in SPLITS):
+    if name in NAMED and any(parquet_file(folder, split) for split in SPLITS):
         return ParquetLayout(folder, NAMED[name])
     if any((folder / split).is_dir() for split in SPLITS):
         return ImageFolderLayout(folder, NAMED.get(name))
@@ -81,8 +93,32 @@ class TorchvisionLayout:
         return Decoded(*cifar.read_torchvision(self._name, self._root), self.classes)
 
 
+def parquet_file(folder: Path, split: str) -> Path | None:
+    """The one file of a split in a folder: ``train.parquet``, or under Hugging Face's own name; None if there is none.
+
+    Raises:
+        DataError: the split is in several parts.
+    """
+    if (plain := folder / f"{split}.parquet").exists():
+        return plain
+    found = sorted(
+        path for place in ("", "plain_text/", "data/", "*/") for path in folder.glob(f"{place}{split}-*.parquet")
+    )
+    found = list(dict.fromkeys(found))
+    if len(found) > 1:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in found)
+        raise DataError(
+            f"{folder} has several files of the {split} split ({names}); one is read: merge or remove some."
+        )
+    return found[0] if found else None
+
+
 class ParquetLayout:
-    """CIFAR as Hugging Face distributes it: encoded images in a struct column ``img``, labels in alphabetical order."""
+    """CIFAR as Hugging Face distributes it: encoded images in a struct column, labels in alphabetical order.
+
+    The column is called ``img`` or ``image``, the files ``train.parquet`` or, as in a download,
+    ``plain_text/train-00000-of-00001.parquet`` or ``data/train-...``.
+    """
 
     worth_caching = True
 
@@ -105,7 +141,7 @@ class ParquetLayout:
         return _require_published(Decoded(train, test, self.classes), self._published, self.location)
 
     def _path(self, split: str) -> Path:
-        path = self.location / f"{split}.parquet"
+        path = parquet_file(self.location, split) or self.location / f"{split}.parquet"
         if not path.is_file():
             raise DataError(f"{path} is missing: both train.parquet and test.parquet are needed. Fetch it.")
         return path
@@ -134,17 +170,18 @@ class ParquetLayout:
             with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 schema = file.schema_arrow
                 found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+                column = "image" if "image" in schema.names and "img" not in schema.names else "img"
                 if not (
-                    {"img", label_column} <= set(schema.names)
-                    and pa.types.is_struct(schema.field("img").type)
-                    and schema.field("img").type.get_field_index("bytes") >= 0
+                    {column, label_column} <= set(schema.names)
+                    and pa.types.is_struct(schema.field(column).type)
+                    and schema.field(column).type.get_field_index("bytes") >= 0
                     and pa.types.is_integer(schema.field(label_column).type)
                 ):
                     raise DataError(f"{path} has the columns {found}; {self._published.title} needs {needed}.")
-                table = file.read(columns=["img.bytes", label_column])
+                table = file.read(columns=[f"{column}.bytes", label_column])
             if table[label_column].null_count:
                 raise DataError(f"{path} has gaps in the column '{label_column}'; {needed} are needed.")
-            encoded = pa.compute.struct_field(table["img"], "bytes").to_pylist()
+            encoded = pa.compute.struct_field(table[column], "bytes").to_pylist()
             return encoded, table[label_column].to_numpy().astype(np.int64)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DataError(
@@ -153,13 +190,16 @@ class ParquetLayout:
 
 
 class ImageFolderLayout:
-    """``{train,test}/<class>/*.png``: RGB images of one size; the classes are the folders' names in order."""
+    """``{train,test}/<class>/*.png``: RGB images of one size; the classes are the folders' names in order.
+
+    Numbers in names count as numbers: class 10 comes after class 9. Without ``test``, ``val`` is taken for it. Hidden
+    files are left out.
+    """
 
     worth_caching = True
 
     def __init__(self, folder: Path, published: NamedDataset | None) -> None:
         self.location, self._published = folder, published
-        self.description = f"{folder.name}/{{train,test}}/<class>/ (folders of images)"
 
     def key(self) -> str:
         files = [file for split in SPLITS for _, file in self._files[split]]
@@ -181,7 +221,7 @@ class ImageFolderLayout:
     def classes(self) -> tuple[str, ...]:
         names = {}
         for split in SPLITS:
-            folder = self.location / split
+            folder = self._folder(split)
             if not folder.is_dir():
                 raise DataError(f"{folder} is missing: both {' and '.join(SPLITS)} are needed, with the same classes.")
             names[split] = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
@@ -199,7 +239,28 @@ class ImageFolderLayout:
                 f"{self.location} has {len(names['train'])} class folders, but {self._published.title} has "
                 f"{len(self._published.classes)} classes. Complete it, or give a data set of your own another name."
             )
-        return tuple(sorted(names["train"]))
+        return tuple(sorted(names["train"], key=natural_order))
+
+    @property
+    def description(self) -> str:
+        """The layout in words: also what was taken for the test set, left out, or put into an order of its own."""
+        test = self._folder("test").name
+        said = f"{self.location.name}/{{train,{test}}}/<class>/ (folders of images"
+        if hidden := self._hidden():
+            said += f"; {hidden} hidden {'files' if hidden > 1 else 'file'} left out"
+        if all(name.isdecimal() for name in self.classes):
+            said += "; classes in the order of their numbers"
+        return said + ")"
+
+    def _folder(self, split: str) -> Path:
+        folder = self.location / split
+        val = self.location / "val"
+        return val if split == "test" and not folder.is_dir() and val.is_dir() else folder
+
+    def _hidden(self) -> int:
+        """How many hidden files lie among the images."""
+        folders = [self._folder(split) / name for split in SPLITS for name in self.classes]
+        return sum(1 for folder in folders for file in folder.iterdir() if file.name[0] == "." and file.is_file())
 
     @cached_property
     def _files(self) -> dict[str, list[tuple[int, Path]]]:
@@ -208,11 +269,17 @@ class ImageFolderLayout:
 
     def _files_of(self, split: str) -> Iterator[tuple[int, Path]]:
         for label, name in enumerate(self.classes):
-            folder = self.location / split / name
-            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+            folder = self._folder(split) / name
+            visible = (file for file in folder.iterdir() if file.name[0] != ".")  # not macOS's ._ files
+            files = sorted(file for file in visible if file.suffix.lower() in SUFFIXES)
             if not files:
                 raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)}); add some or remove the class.")
             yield from ((label, file) for file in files)
+
+
+def natural_order(name: str) -> tuple:
+    """A sort key by which numbers in names count as numbers: 2 before 10."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
 
 
 def read_digits() -> Decoded:

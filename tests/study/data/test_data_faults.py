@@ -157,7 +157,7 @@ def test_a_label_out_of_range_is_refused(tmp_path, train, label):
 
 def test_bytes_that_are_no_image_are_refused(tmp_path, train):
     write_parquet(train, None, [0, 1], encoded=[encode(make_pixels(1, 0)[0]), b"GIF89a, or is it?"])
-    refuse("cifar10", tmp_path, f"{train}: image 1 cannot be decoded (not a PNG, JPEG, WEBP image)")
+    refuse("cifar10", tmp_path, f"{train}: image 1 cannot be decoded (not a PNG, JPEG, WEBP,")
 
 
 def test_a_truncated_image_is_refused(tmp_path, train):
