@@ -1,4 +1,4 @@
-"""JupyterLab as a reader meets it, in headless Chromium: a welcome page that is rendered, and nothing from a network."""
+"""JupyterLab as a reader meets it, in headless Chromium: a welcome page that is rendered, without a network."""
 
 import os
 import shutil
