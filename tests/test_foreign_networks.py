@@ -18,7 +18,7 @@ import apbm_core
 from apbm_core import export
 from apbm_core.errors import ApbmError, UnsupportedNetwork
 from apbm_core.fusion import fused_layers
-from apbm_core.study.methods import all_methods, fpgm, hrank, l1, random
+from apbm_core.study.methods import all_methods, fpgm, global_l1, hrank, l1, random
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.layers import keep_largest
 from apbm_core.surgery import why_not_prunable
@@ -93,6 +93,7 @@ CRITERIA = {
     "entropy": VariantSettings(fuse=False, score="entropy"),
     "order": VariantSettings(fuse=False, score="order"),
     "L1": l1,
+    "global_l1": global_l1,
     "FPGM": fpgm,
     "HRank": hrank,
     "random": random,
