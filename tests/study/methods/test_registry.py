@@ -78,7 +78,8 @@ def test_a_method_that_is_no_default_must_be_named(tmp_path, monkeypatch):
     assert "aside" in StudyParameters(methods=["aside"]).methods
 
 
-def test_a_further_file_is_in_a_study_and_every_table_legend_and_curve(eleventh, tmp_path):
+def test_a_further_file_is_in_a_study_and_every_table_legend_and_curve(eleventh, tmp_path, monkeypatch):
+    monkeypatch.setattr("apbm_core.study.grid.grid.plan_workers", lambda workers, jobs, device: (1, 1))
     study = Study.of(tmp_path / "study", **TINY, methods=["dense", "apbm", "l1", "eleventh"])
     records = study.run()
     by_method = {record.config.method: record for record in records}
