@@ -51,6 +51,7 @@ BASE: dict[str, Any] = {
         "metric": "euclidean",
         "score": "relative-entropy",
         "mass": "all",
+        "amount": "whole",
         "rescale": True,
         "stable_slots": True,
         "fuse": True,
@@ -225,8 +226,19 @@ _ALL = (
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
 PLAN: dict[str, tuple[str, ...]] = {
-    "resnet20": tuple(VARIANTS),
-    "vgg16": ("scratch", "scratch-lr-2", "base", "slice", "bank-lr-2", "scratch-balanced", "base-balanced"),
+    "resnet20": (*(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "passing")), "passing-fused"),
+    "vgg16": (
+        "scratch",
+        "scratch-lr-2",
+        "base",
+        "slice",
+        "bank-lr-2",
+        "scratch-balanced",
+        "base-balanced",
+        "dirac",
+        "passing",
+        "passing-fused",
+    ),
     "resnet20-45000": (),
 }
 """The variants that are run in each bed, with every seed; in the bed that was given up none any more."""

@@ -216,7 +216,7 @@ class StudyParameters(BaseModel):
                                     split=self.split,
                                     train_subset=self.train_subset,
                                     test_subset=self.test_subset,
-                                    options=self._options(method),
+                                    options=self._options(method, model),
                                 )
                             )
         return configs
@@ -233,8 +233,10 @@ class StudyParameters(BaseModel):
         rate = {"lr": self.rates[method]} if method in self.rates else {}
         return get_recipe(self.recipe, **self.recipe_overrides | rate)
 
-    def _options(self, method: Method) -> dict[str, Any]:
+    def _options(self, method: Method, model: str) -> dict[str, Any]:
         given = validated(method.Options, self.options.get(method.name, {}), f"the options of {method.name}")
+        if hasattr(given, "for_network"):
+            given = given.for_network(get_network(model))
         return stated(given)
 
     def _check_crops(self, dataset: str, recipe: Recipe) -> None:

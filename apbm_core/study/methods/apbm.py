@@ -13,6 +13,7 @@ from apbm_core.fusion import FusionReport, fused_layers
 from apbm_core.study.methods.narrowing import choose_filters, layer_redundancy, narrow, stage_widths
 from apbm_core.study.methods.task import Task
 from apbm_core.study.methods.variants import VariantSettings
+from apbm_core.study.networks.definition import Network
 from apbm_core.study.networks.widths import entropy_budget_model_widths
 from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
@@ -49,8 +50,11 @@ class Options(BaseModel):
         "shared", description="'entropy': the wide network's redundancy distributes the target over the layers"
     )
     budget_tau: float = Field(1.0, gt=0, le=64, description="tau at which the redundancy is measured")
-    passing: bool = added(
-        True, if_absent=False, description="each filter is its own input channel plus what is fused, in learned amounts"
+    passing: bool | None = added(
+        None,
+        if_absent=False,
+        description="each filter is its own input channel plus what is fused, in learned amounts; null: in networks"
+        " without shortcuts of their own",
     )
 
     @model_validator(mode="after")
@@ -60,6 +64,12 @@ class Options(BaseModel):
         if self.wide and self.passing:
             raise ValueError("a network that starts wide cannot pass its input on as well: set passing = False.")
         return self
+
+    def for_network(self, network: Network) -> "Options":
+        """These options with what depends on the network decided, as a run's configuration states them."""
+        if self.passing is not None:
+            return self
+        return self.model_copy(update={"passing": not network.shortcuts and not self.wide})
 
 
 class FusionHook(Hook):
@@ -131,7 +141,7 @@ def prune(task: Task) -> nn.Module:
 def train_fused(task: Task, options: Options) -> nn.Module:
     """The one phase that APBM and DCFF share: fuse, train with rescoring, compact."""
     model = fuse(
-        task.build(), task.example_inputs, task.widths, options.settings, groups=False, passing=options.passing
+        task.build(), task.example_inputs, task.widths, options.settings, groups=False, passing=bool(options.passing)
     )
     task.train("train", model, task.config.epochs, hooks=[FusionHook(model, options)])
     return compact(model)

@@ -19,6 +19,7 @@ class Network:
         options: keyword arguments of ``module`` and the values that each may have, the default first.
         sides: the smallest and the largest side, in pixels, of square images it can be trained on; None for no limit.
         needs: why, as it stands after "so that".
+        shortcuts: whether identities run beside its prunable convolutions.
     """
 
     label: str
@@ -27,3 +28,4 @@ class Network:
     options: Mapping[str, tuple] = field(default_factory=dict)
     sides: tuple[int, int | None] = (1, None)
     needs: str = "there is an image"
+    shortcuts: bool = False

@@ -96,6 +96,7 @@ def _network(blocks: int) -> Network:
         options={"shortcut": ("A", "B")},
         sides=(SMALLEST_SIDE, None),
         needs="its last layers see more than one pixel",
+        shortcuts=True,
     )
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from apbm_core.compress import fuse
 from apbm_core.fusion import fused_layers
+from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.methods import apbm
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.models import prunable_convs
@@ -76,3 +77,13 @@ def test_banks_have_their_own_rate_and_decay_and_nothing_else_has():
     assert banks["weight_decay"] == 0.005 and banks["lr_scale"] == 3.0 and banks["momentum"] == 0.9
     assert others["weight_decay"] == 0.01 and "lr_scale" not in others
     assert len(others["params"]) + 1 == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(("model", "passes"), [("vgg16", True), ("resnet20", False), ("resnet56", False)])
+def test_it_passes_its_input_on_where_no_shortcut_does(model, passes):
+    targets = {model: [0.5]}
+    parameters = StudyParameters.parse({"models": [model], "methods": ["apbm"], "targets": targets})
+    (config,) = parameters.run_configs("cifar10")
+    assert config.options.get("passing", False) is passes  # what is as before the option existed is not stated
+    forced = parameters.model_copy(update={"options": {"apbm": {"passing": not passes}}})
+    assert forced.run_configs("cifar10")[0].options.get("passing", False) is not passes
