@@ -176,10 +176,13 @@ def collapse(
     for name, module, fusion in layers:
         bank = module.parametrizations.weight.original
         state = optimizer.state.get(bank, {}) if optimizer is not None else {}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == bank.shape:
-                state[key] = fusion(value.sqrt()).square() if key in _SQUARES else fusion(value).clone()
+        fused = {
+            key: fusion(value.sqrt()).square() if key in _SQUARES else fusion(value).clone()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.shape == bank.shape
+        }
         _drop_bank(module, fusion)
+        state.update(fused)
         if name in twins and not twins[name][1].is_collapsed:
             twins[name][1].is_frozen = True
             _drop_bank(*twins[name])
@@ -188,7 +191,13 @@ def collapse(
 def _drop_bank(module: nn.Module, fusion: FilterFusion) -> None:
     bank = module.parametrizations.weight.original
     # A graph that is still alive, by the last loss, remembers the shape; the swap leaves it with the old bank.
-    torch.utils.swap_tensors(bank, nn.Parameter(fusion(bank).clone(), requires_grad=bank.requires_grad))
+    try:
+        torch.utils.swap_tensors(bank, nn.Parameter(fusion(bank).clone(), requires_grad=bank.requires_grad))
+    except RuntimeError as error:
+        raise UnsupportedNetwork(
+            f"something else holds on to a bank, so that its shape cannot change ({error}). A DistributedDataParallel "
+            "wrapper does: take its .module, delete the wrapper, collapse, and wrap the network anew."
+        ) from error
     fusion.shrink()
 
 

@@ -198,11 +198,13 @@ def _on_rank(rank: int, port: int, path: str) -> None:
         for epoch in range(4):
             apbm_core.rescore(wrapped, epoch / 4)
             if epoch == 3:
-                try:
-                    apbm_core.collapse(wrapped, optimizer)
-                except UnsupportedNetwork:
-                    apbm_core.collapse(wrapped.module, optimizer)
-                    wrapped = nn.parallel.DistributedDataParallel(wrapped.module)
+                for held in (wrapped, wrapped.module):
+                    with pytest.raises(UnsupportedNetwork, match="DistributedDataParallel"):
+                        apbm_core.collapse(held, optimizer)
+                del wrapped, held
+                apbm_core.collapse(model, optimizer)
+                assert all(fusion.is_collapsed for _, _, fusion in fused_layers(model))
+                wrapped = nn.parallel.DistributedDataParallel(model)
             optimizer.zero_grad()
             wrapped(torch.randn(4, 3, 9, 9, generator=generator)).square().mean().backward()
             optimizer.step()
