@@ -4,6 +4,7 @@ The L1 norm of a filter grows with its number of weights, which says nothing of 
 ``MagnitudeImportance(p=1, normalizer="mean")`` does, each layer's norms are divided by their mean.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,8 +32,11 @@ class Options(BaseModel):
     course: Course = Field("restart", description="whether fine-tuning starts the learning rate's course anew")
 
 
-def scores(model: nn.Module, layers: list[str]) -> dict[str, Tensor]:
-    """Each filter's L1 norm over the mean of its layer's: name -> (n,), float64, on the CPU."""
+def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Each filter's L1 norm over the mean of its layer's: name -> (n,), float64, on the CPU.
+
+    ``images`` and ``seed`` play no part, as in :func:`l1.scores`.
+    """
     return {name: norms / norms.mean() for name, norms in l1.scores(model, layers).items()}
 
 
