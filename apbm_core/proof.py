@@ -139,7 +139,7 @@ class _Silenced:
         dim = self._dim(x)
         if self.reads is not None:
             x = x.index_select(dim, self.reads.to(x.device))
-        y = self.slim(x, *arguments, **more)
+        y = self.slim.forward(x, *arguments, **more)  # hooks are the dense layer's, which run as well
         if self.writes is None:
             return y
         dim = dim if not isinstance(self.dense, nn.Embedding) else y.dim() - 1

@@ -132,7 +132,7 @@ def test_it_rejects_what_it_cannot_count():
         costs.size_function("flops")
     with pytest.raises(ConfigError, match="2 numbers; this network takes 9"):
         costs.size_function()([3, 4])
-    with pytest.raises(ConfigError, match="no convolution is called 'layer1'"):
+    with pytest.raises(ConfigError, match="no layer is called 'layer1'"):
         costs.parameters({"layer1": 3})
     with pytest.raises(ConfigError, match="no option 'conv_bais'"):
         cost_table("vgg16", 10, conv_bais=False)

@@ -177,16 +177,15 @@ DECLINED = {
         "encoder.pos_embedding|class_token|parameter",
     ),
     "shufflenet_v2": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), "cannot trace this ShuffleNetV2"),
-    "googlenet with auxiliary heads": (
-        lambda: torchvision.models.googlenet(num_classes=5, init_weights=False),
-        "not in training mode.*auxiliary",
-    ),
     "LSTM": (ConvLSTM, "go through lstm, a LSTM"),
     "transformer encoder": (Encoder, "MultiheadAttention"),
-    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), "no nn.Conv2d"),
+    "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), "no layer that others read"),
     "TorchScript": (lambda: torch.jit.script(small_net()), "TorchScript"),
     "compiled": (lambda: torch.compile(small_net()), "is compiled"),
-    "weight normalisation": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), "parametrised"),
+    "weight normalisation": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+        "no layer reads its outputs",
+    ),
 }
 
 
@@ -204,6 +203,14 @@ def test_each_convolution_of_convnext_is_declined_with_a_reason_and_so_is_naming
     assert list(reasons) == convolutions and all(reason and len(reason) > 20 for reason in reasons.values())
     with pytest.raises(ApbmError, match="features.0.0"):
         apbm_core.slim(model, IMAGES[:1], {"features.0.0": [0, 1, 2]})
+
+
+@pytest.mark.slow
+def test_with_auxiliary_heads_what_they_read_stays_and_the_rest_is_fused():
+    model = torchvision.models.googlenet(num_classes=5, init_weights=False)
+    slim = fuse_alone(model, IMAGES[:2]).train()
+    assert len(list(fused_layers(slim))) > 10
+    assert [tuple(output.shape) for output in slim(IMAGES[:2])] == [(2, 5)] * 3
 
 
 def test_auxiliary_heads_can_be_left_out():

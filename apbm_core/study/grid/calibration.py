@@ -187,7 +187,7 @@ def _measure(
                 with tempfile.TemporaryDirectory(prefix="calibration-") as work:
                     task = _Timed.of(config, split, ResultsFolder(work), device, shared)
                     get_method(config.method).prune(task)
-                for phase, cost in task.costs.items():
+                for phase, cost in task.measured.items():
                     measured[name].setdefault(phase, []).append(cost)
                 facts = environment(device) | {"side_by_side": 1} | task.training_facts
                 bar.update()
@@ -197,7 +197,7 @@ def _measure(
 class _Timed(Task):
     """A run whose trainings have few steps an epoch, each of them timed; nothing of it is kept but the costs."""
 
-    costs: dict[str, Cost]
+    measured: dict[str, Cost]
 
     @classmethod
     def of(
@@ -208,19 +208,19 @@ class _Timed(Task):
         few = split.train.select(range(STEPS * config.recipe.batch_size))
         short = config.model_copy(update={"epochs": min(config.epochs, EPOCHS)})
         task = cls(short, replace(split, train=few, val=None, judge=None), results, options, device)
-        task.costs, task._shared = {}, shared
+        task.measured, task._shared = {}, shared
         return task
 
     def remember(self, name: str, function: Callable[[], Any]) -> Any:
         value = super().remember(name, function)
-        self.costs[name] = Cost(once=self.phases[-1].seconds)
+        self.measured[name] = Cost(once=self.phases[-1].seconds)
         return value
 
     def _once_for_all(self, name, phase, model, epochs, recipe, hooks, course):
         if name not in self._shared:
             result = self._run(phase, model, epochs, recipe, Path(), name, hooks, course)
-            self._shared[name] = copy.deepcopy(model), self.costs[phase], result
-        trained, self.costs[phase], result = self._shared[name]
+            self._shared[name] = copy.deepcopy(model), self.measured[phase], result
+        trained, self.measured[phase], result = self._shared[name]
         model.load_state_dict(trained.state_dict())
         return result
 
@@ -237,7 +237,7 @@ class _Timed(Task):
             progress=clock,
             course=course,
         )
-        self.costs[phase] = fit(clock.epochs, len(self.split.train))
+        self.measured[phase] = fit(clock.epochs, len(self.split.train))
         return result
 
 

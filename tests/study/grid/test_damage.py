@@ -17,7 +17,7 @@ import torch
 from fake_data import encode, make_pixels, write_parquet, write_parquet_cifar10
 from kill_study import GRID, outcome
 
-from apbm_core.errors import ApbmError, RecordError
+from apbm_core.errors import ApbmError, DataError, RecordError
 from apbm_core.files import sha256
 from apbm_core.study.grid import grid, run
 from apbm_core.study.grid.grid import Study
@@ -247,7 +247,8 @@ def test_damaged_data_stop_the_study_before_anything_is_trained(data, tmp_path, 
     again = tiny(tmp_path / "grid", dataset="cifar10", train_subset=None, test_subset=None)
     with pytest.raises(ApbmError) as error:
         again.run()
-    assert "DataError: " in str(error.value) and str(data) in str(error.value) and words in str(error.value)
+    assert isinstance(error.value, DataError) or "DataError: " in str(error.value)
+    assert str(data) in str(error.value) and words in str(error.value)
     assert not list(again.results.path.rglob("*.ckpt")) and not list(again.results.path.rglob("*.json"))
 
 

@@ -195,7 +195,7 @@ def test_a_run_that_meets_a_full_disk_goes_on_from_its_checkpoint_when_there_is_
 
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
-        execute(config, str(results), "cpu", 1, interrupt)
+        execute(config, str(results), "cpu", 1, report=interrupt)
     checkpoint = results / "work" / config.id / "train.ckpt"
     before = checkpoint.read_bytes()
     disk.fill(50_000)
@@ -205,7 +205,7 @@ def test_a_run_that_meets_a_full_disk_goes_on_from_its_checkpoint_when_there_is_
     assert checkpoint.read_bytes() == before and not list(results.rglob(".*.tmp"))
 
     steps = []
-    record = execute(config, str(results), "cpu", 1, steps.append)
+    record = execute(config, str(results), "cpu", 1, report=steps.append)
     assert len(steps) == 2 * (2 - after)  # two an epoch: what was finished is not repeated
     (whole,) = undisturbed(disk.folder.parent / "undisturbed" / "grid", ["scratch"])
     assert outcome(record) == outcome(whole)

@@ -161,7 +161,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, tmp_path):
 
         for _ in range(20):
             try:
-                record = execute(config, str(study.results.path), "cpu", 1, interrupt)
+                record = execute(config, str(study.results.path), "cpu", 1, report=interrupt)
                 break
             except KeyboardInterrupt:
                 continue
@@ -563,7 +563,7 @@ def test_a_notebook_finds_the_results_wherever_jupyter_starts_it(tmp_path, monke
 )
 def test_a_page_of_examples_is_complete_without_records(tmp_path, monkeypatch, capsys, shows_runs, banner):
     monkeypatch.setenv("APBM_RECORDS_ONLY", "1")
-    opened = page.open_page("01_method", "smoke", tmp_path, TINY, shows_runs=shows_runs)
+    opened = page.open_page("01_method", "smoke", tmp_path, TINY | {"own_widths": {}}, shows_runs=shows_runs)
     assert opened.study.banner == banner
     assert ("not recorded yet" in capsys.readouterr().out) is shows_runs
 

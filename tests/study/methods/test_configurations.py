@@ -244,7 +244,7 @@ def test_a_configuration_runs_or_is_refused_before_it_trains(method, share, by, 
     said = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            record = execute(config, folder, "cpu", 1, said.append)
+            record = execute(config, folder, "cpu", 1, report=said.append)
         except ApbmError as error:
             assert not said and isinstance(error, ConfigError), f"refused after training began: {error}"
             return
@@ -288,7 +288,7 @@ def test_apbms_options_run_or_are_refused_before_it_trains(options, share, epoch
     with tempfile.TemporaryDirectory() as folder:
         try:
             (config,) = StudyParameters.parse(values | {"options": {"apbm": options}}).run_configs("digits")
-            record = execute(config, folder, "cpu", 1, said.append)
+            record = execute(config, folder, "cpu", 1, report=said.append)
         except ApbmError as error:
             assert not said and isinstance(error, ConfigError), f"refused after training began: {error}"
             return

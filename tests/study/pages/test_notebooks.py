@@ -29,6 +29,7 @@ class Parameters(BaseModel):
     epochs: int = Field(3, ge=1, description="passes over the training images")
     lr: float = 0.1
     mode: str = "good"
+    minutes: float | None = None
 
     @classmethod
     def parse(cls, values):
@@ -204,6 +205,7 @@ def test_a_signal_ends_the_kernel_and_keeps_what_is_finished(root):
         "import sys; from pathlib import Path\n"
         "from apbm_core.study.pages import runner, sources\n"
         "sources.lay_over = lambda *values: None\n"
+        "runner._train_first = lambda study: None\n"
         "sys.exit(runner.main(sys.argv[2:], Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(root), "run", "--profile", "tiny", "-p", "mode=wait"]
@@ -261,7 +263,10 @@ def test_a_second_reproduction_of_the_same_folder_is_refused(root, capsys):
     [
         (["--profile", "tiney"], "there is no profile 'tiney'; did you mean tiny? There is: tiny."),
         (["--only", "02_fragil"], "there is no notebook '02_fragil'; did you mean 02_fragile?"),
-        (["-p", "epoch=3"], "the study has no parameter 'epoch'; did you mean epochs? There is: epochs, lr, mode."),
+        (
+            ["-p", "epoch=3"],
+            "the study has no parameter 'epoch'; did you mean epochs? There is: epochs, lr, mode, minutes.",
+        ),
         (["-p", "profile=quick"], "profile is set with --profile"),
         (["-p", "epochs"], "'epochs' is not of the form name=value"),
         (["-p", "epochs="], "'epochs=' is not of the form name=value"),
