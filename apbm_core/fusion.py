@@ -141,7 +141,7 @@ class FilterFusion(FusionState):
 
     def initial_bank(self, weight: Tensor) -> Tensor:
         """The bank to start from: the layer's own filters, shape (n, c_in, k, k)."""
-        return weight.clone().contiguous(memory_format=torch.preserve_format)
+        return weight.clone()
 
 
 @torch.no_grad()

@@ -245,3 +245,10 @@ def test_a_collapsed_network_can_be_loaded_into_a_fresh_one():
     x = torch.randn(2, 3, 9, 9)
     assert torch.equal(fresh(x), model(x)) and torch.equal(apbm_core.compact(fresh)(x), model(x))
     assert fresh[0].parametrizations.weight[0].is_collapsed
+
+
+def test_a_network_laid_out_channels_last_can_be_fused():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 9, 9)
+    slim = apbm_core.fuse(net, images)
+    torch.testing.assert_close(apbm_core.compact(slim)(images), slim(images), rtol=1e-5, atol=1e-5)

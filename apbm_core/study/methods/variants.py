@@ -98,7 +98,7 @@ class VariantFusion(FilterFusion):
             bank = (flat / flat.norm(dim=1, keepdim=True) * lengths[:, None]).view_as(bank)
         if self.gain is not None:
             self.gain.copy_(lengths)
-        return bank.contiguous(memory_format=torch.preserve_format)
+        return bank
 
     @property
     def reselects(self) -> bool:
