@@ -281,6 +281,7 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("fusing what is unimportant, while passing", "passing-assigned", "passing-selected"),
     ("mixing the others in, in learned amounts, while passing", "passing-gated", "passing-selected"),
     ("fusing by resemblance, instead of at random", "passing-gated-assigned", "passing-gated-shuffled"),
+    ("fusing, while passing the input on", "passing-fused", "passing"),
     ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
     ("banks without weight decay", "bank-no-decay", "base"),
     ("dropping the banks once P is frozen", "collapse", "base"),

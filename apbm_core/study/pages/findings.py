@@ -20,12 +20,15 @@ from apbm_core.study.report.style import colour
 _RIVALS = ("hrank", "polarization", "swp")
 
 
-def sentences(records: Mapping[str, Sequence[RunRecord]], pairs: pd.DataFrame) -> list[str]:
+def sentences(
+    records: Mapping[str, Sequence[RunRecord]], pairs: pd.DataFrame, headline_pairs: pd.DataFrame | None = None
+) -> list[str]:
     """One sentence for each network of the profile that was trained longest, and one for the ablation.
 
     Args:
         records: the records of each profile, by its name.
         pairs: the ablation's ingredients, of :func:`ingredients`.
+        headline_pairs: the same of the bed with the paper's headline network.
     """
     said = []
     first = headline(records)
@@ -34,12 +37,12 @@ def sentences(records: Mapping[str, Sequence[RunRecord]], pairs: pd.DataFrame) -
         asked = table[table["target"] > 0][["target", "model"]].drop_duplicates().sort_values("target", ascending=False)
         for target, model in asked.itertuples(index=False):
             said += _of_network(table[table["model"] == model], model, target)
-    return said + _of_ablation(pairs)
+    return _of_passing(headline_pairs) + said + _of_ablation(pairs)
 
 
-def ingredients(results: Path) -> pd.DataFrame:
-    """What the ablation's smaller bed, recorded in ``results``, says of each ingredient; empty without records."""
-    return ablation_tables.ingredients(design.recorded(results / design.FOLDER, "resnet20"))
+def ingredients(results: Path, bed: str = "resnet20") -> pd.DataFrame:
+    """What a bed of the ablation, recorded in ``results``, says of each ingredient; empty without records."""
+    return ablation_tables.ingredients(design.recorded(results / design.FOLDER, bed))
 
 
 def headline(records: Mapping[str, Sequence[RunRecord]]) -> str:
@@ -73,6 +76,20 @@ def _of_network(table: pd.DataFrame, model: str, target: float) -> list[str]:
     if {"apbm", "scratch"} <= set(longer.index):
         words += f" In L1's training time: APBM {longer['apbm']:.2f} %, slim from scratch {longer['scratch']:.2f} %."
     return [words]
+
+
+def _of_passing(pairs: pd.DataFrame | None) -> list[str]:
+    named = {} if pairs is None or pairs.empty else pairs.set_index(["with", "without"])
+    gain, fusing = ("passing-fused", "scratch"), ("passing-fused", "passing")
+    if not len(named) or gain not in named.index or fusing not in named.index:
+        return []
+    rows = [named.loc[pair] for pair in (gain, fusing)]
+    said = [f"{row['difference']:+.2f} ± {row['interval of difference']:.2f}" for row in rows]
+    return [
+        "<b>Passing the input on helps; fusing has not been shown to.</b> VGG16, held-out images, "
+        f"{rows[0]['pairs']:.0f} seeds: APBM whose filters pass their input on against slim from scratch "
+        f"{said[0]} points; the same with fusion against without {said[1]} points."
+    ]
 
 
 def _of_ablation(pairs: pd.DataFrame) -> list[str]:

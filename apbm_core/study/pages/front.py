@@ -49,7 +49,10 @@ def page(results: Path) -> str:
     first, pairs = findings.headline(records) or next(iter(records)), findings.ingredients(results)
     parts = {
         "style": f"{style()} {explorer.asset('front.css')}",
-        "findings": "".join(f"<li>{sentence}</li>" for sentence in findings.sentences(records, pairs)),
+        "findings": "".join(
+            f"<li>{sentence}</li>"
+            for sentence in findings.sentences(records, pairs, findings.ingredients(results, "vgg16"))
+        ),
         "drawing": _figure(*findings.drawing(records[first])),
         "forest": _section("ablation", "The ablation: one ingredient at a time", _figure(*findings.forest(pairs))),
         "layer": _section("layer", "One layer, under your hands", _layers(results)),
