@@ -125,6 +125,16 @@ _RATES = (
         for rate in (0.1, 0.4, 0.8)
     ),
     *(Variant(f"base-rate-{rate}", "rate", f"base, rate {rate}", recipe={"lr": rate}) for rate in (0.1, 0.4, 0.8)),
+    *(
+        Variant(
+            f"passing-rate-{rate}",
+            "rate",
+            f"passing and fused, rate {rate}",
+            options={"passing": True},
+            recipe={"lr": rate},
+        )
+        for rate in (0.1, 0.4)
+    ),
 )
 
 # Filters that are their own input channel plus what is learned or fused, and the controls of the same start.
