@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
-from jupyterlab.labapp import LabApp
 
 from apbm_core.files import write_atomically
 from apbm_core.study.grid.profiles import load_profile, profile_names
@@ -70,6 +69,8 @@ def welcome(root: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
     """Prepare ``my/`` and start JupyterLab on the welcome page; further arguments are JupyterLab's."""
+    from jupyterlab.labapp import LabApp  # importing it runs Node.js, which the pages of the API have no use for
+
     root = root or Path(__file__).resolve().parents[3]
     copied, kept = prepare(root)
     if copied:
