@@ -26,30 +26,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
-import nbformat
-import papermill
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 
-from apbm_core import errors
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import grid as study_module
 from apbm_core.study.grid import parameters
 from apbm_core.study.grid.budget import STARTED
 from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
-from apbm_core.study.pages import front, html_page, render
+from apbm_core.study.pages import front
 from apbm_core.study.pages import index as index_pages
+from apbm_core.study.pages.execution import execute
 from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
 from apbm_core.study.report.frames import beside_published
 from apbm_core.study.training import stopping
 from apbm_core.study.training.stopping import Stopped
-
-
-class NotebookFailed(ApbmError):
-    """A cell of a notebook raised an error; the message is that error's, and says where the traceback is."""
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -87,7 +78,7 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
         remove_stale_temporaries(study.results, older_than=60)  # shared with other profiles' reproductions
         for source in study.notebooks:
             try:
-                seconds = _run(study, source, warned)
+                seconds = execute(study, source, warned)
             except KeyboardInterrupt:
                 raise StudyInterrupted(_how_to_go_on(study, source, finished)) from None
             finally:
@@ -129,53 +120,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _run(study: Study, source: Source, warned: set[str]) -> float:
-    """Execute one notebook, publish it and repeat its warnings, but for those in ``warned``; return the seconds it
-    took."""
-    start = time.perf_counter()
-    aside = study.folder / ".executing" / source.path.name
-    failed = study.folder / "failed" / source.path.name
-    try:
-        shutil.rmtree(aside.parent, ignore_errors=True)
-        aside.parent.mkdir(parents=True)
-        papermill.execute_notebook(
-            _literal(source.path),
-            _literal(aside),
-            parameters=study.parameters(),
-            kernel_name=_kernel(),
-            language="python",
-            cwd=study.root,
-            progress_bar={"desc": source.name, "leave": False} if sys.stderr.isatty() else False,
-            coalesce_streams=True,
-            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, about transports and interrupts
-        )
-    except (PapermillExecutionError, DeadKernelError) as error:
-        if getattr(error, "ename", "") == "KeyboardInterrupt":
-            raise KeyboardInterrupt from error
-        if getattr(error, "ename", "") == "Stopped":
-            raise Stopped(error.evalue) from error
-        write_atomically(failed, render.to_text(_read_clean(aside, source, study.root)))
-        raise NotebookFailed(
-            f"{source.name}: {_sentence(error)}\n"
-            f"The notebook with its traceback is {displayed(failed, study.root)}; what was finished before stays."
-        ) from error
-    except OSError as error:
-        raise ApbmError(f"cannot write {aside}: {error.strerror or error}. What was there is unchanged.") from error
-
-    notebook = _read_clean(aside, source, study.root)
-    page = html_page.notebook_page(notebook, source.name, index_pages.neighbours(study.folder))  # it may fail as well
-    write_atomically(study.folder / source.path.name, render.to_text(notebook))
-    write_atomically(study.folder / f"{source.name}.html", page)
-    for line in render.warnings_in(notebook):
-        if line not in warned:  # several notebooks have the same to say of the data
-            warned.add(line)
-            print(f"{source.name}: {line}", flush=True)
-    failed.unlink(missing_ok=True)
-    if failed.parent.is_dir() and not any(failed.parent.iterdir()):
-        failed.parent.rmdir()
-    return time.perf_counter() - start
-
-
 def _train_first(study: Study) -> None:
     """Where a study is to end in time, carry out its runs before any notebook: this process is the one that is asked to
     end, and it saves what is under way."""
@@ -204,41 +148,10 @@ def _set_beside_published(study: Study) -> bool:
     return True
 
 
-def _literal(path: Path) -> str:
-    """A path for papermill, which would fill in whatever stands between braces."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _read_clean(path: Path, source: Source, root: Path) -> nbformat.NotebookNode:
-    return render.clean(nbformat.read(path, as_version=4), source.notebook, root)
-
-
-def _sentence(error: Exception) -> str:
-    """An error of this package speaks for itself; any other is named, with the cell it came from."""
-    if isinstance(error, DeadKernelError):
-        return "the Python process died; it may have been out of memory."
-    kind = getattr(errors, error.ename, None)
-    if isinstance(kind, type) and issubclass(kind, ApbmError):
-        return error.evalue
-    return f"{error.ename} in cell {error.cell_index + 1}: {error.evalue}".rstrip(": ")
-
-
 def _how_to_go_on(study: Study, source: Source, finished: Sequence[str]) -> str:
     where = displayed(study.folder, study.root)
     done = f"Finished and in {where}: {', '.join(finished)}." if finished else f"What was in {where} is unchanged."
     return f"interrupted in {source.name}. {done}\nThe same command goes on from here: recorded runs are not repeated."
-
-
-def _kernel() -> str:
-    """The kernel that runs this interpreter: the one `make setup` registers, else IPython's own.
-
-    A kernel of the same name in the user's home may belong to another environment, so its interpreter is compared.
-    """
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    try:
-        return "apbm" if KernelSpecManager().get_kernel_spec("apbm").argv[0] == sys.executable else "python3"
-    except NoSuchKernel:
-        return "python3"
 
 
 @contextmanager

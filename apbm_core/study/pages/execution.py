@@ -1,0 +1,121 @@
+"""One notebook of a study: executed by papermill and put into the results folder with its page, or kept aside.
+
+The notebook runs in the repository's root, with the interpreter that runs this. A finished one replaces the one before
+it in one step; a failed one goes to <profile>/failed/, with its traceback.
+"""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from apbm_core import errors
+from apbm_core.errors import ApbmError
+from apbm_core.files import write_atomically
+from apbm_core.study.pages import html_page, render
+from apbm_core.study.pages import index as index_pages
+from apbm_core.study.pages.sources import Source, Study, displayed
+from apbm_core.study.training.stopping import Stopped
+
+
+class NotebookFailed(ApbmError):
+    """A cell of a notebook raised an error; the message is that error's, and says where the traceback is."""
+
+
+def execute(study: Study, source: Source, warned: set[str]) -> float:
+    """Execute one notebook of the study and write it, with its page, to ``study.folder``.
+
+    Args:
+        study: gives the parameters, the folder and the root, which the notebook runs in.
+        source: the notebook.
+        warned: what earlier notebooks warned of, which is not printed again; what this one warns of is added.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        NotebookFailed: a cell raised an error, or the kernel died; the notebook is kept in ``study.folder/failed``.
+        KeyboardInterrupt: the kernel was interrupted.
+        Stopped: the study's minutes are over.
+        ApbmError: the folder cannot be written.
+    """
+    start = time.perf_counter()
+    aside = study.folder / ".executing" / source.path.name
+    failed = study.folder / "failed" / source.path.name
+    try:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+        aside.parent.mkdir(parents=True)
+        papermill.execute_notebook(
+            _literal(source.path),
+            _literal(aside),
+            parameters=study.parameters(),
+            kernel_name=_kernel(),
+            language="python",
+            cwd=study.root,
+            progress_bar={"desc": source.name, "leave": False} if sys.stderr.isatty() else False,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, about transports and interrupts
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        if getattr(error, "ename", "") == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        if getattr(error, "ename", "") == "Stopped":
+            raise Stopped(error.evalue) from error
+        write_atomically(failed, render.to_text(_read_clean(aside, source, study.root)))
+        raise NotebookFailed(
+            f"{source.name}: {_sentence(error)}\n"
+            f"The notebook with its traceback is {displayed(failed, study.root)}; what was finished before stays."
+        ) from error
+    except OSError as error:
+        raise ApbmError(f"cannot write {aside}: {error.strerror or error}. What was there is unchanged.") from error
+
+    notebook = _read_clean(aside, source, study.root)
+    page = html_page.notebook_page(notebook, source.name, index_pages.neighbours(study.folder))  # it may fail as well
+    write_atomically(study.folder / source.path.name, render.to_text(notebook))
+    write_atomically(study.folder / f"{source.name}.html", page)
+    for line in render.warnings_in(notebook):
+        if line not in warned:  # several notebooks have the same to say of the data
+            warned.add(line)
+            print(f"{source.name}: {line}", flush=True)
+    failed.unlink(missing_ok=True)
+    if failed.parent.is_dir() and not any(failed.parent.iterdir()):
+        failed.parent.rmdir()
+    return time.perf_counter() - start
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would fill in whatever stands between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _read_clean(path: Path, source: Source, root: Path) -> nbformat.NotebookNode:
+    return render.clean(nbformat.read(path, as_version=4), source.notebook, root)
+
+
+def _sentence(error: Exception) -> str:
+    """An error of this package speaks for itself; any other is named, with the cell it came from."""
+    if isinstance(error, DeadKernelError):
+        return "the Python process died; it may have been out of memory."
+    kind = getattr(errors, error.ename, None)
+    if isinstance(kind, type) and issubclass(kind, ApbmError):
+        return error.evalue
+    return f"{error.ename} in cell {error.cell_index + 1}: {error.evalue}".rstrip(": ")
+
+
+def _kernel() -> str:
+    """The kernel that runs this interpreter: the one `make setup` registers, else IPython's own.
+
+    A kernel of the same name in the user's home may belong to another environment, so its interpreter is compared.
+    """
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    try:
+        return "apbm" if KernelSpecManager().get_kernel_spec("apbm").argv[0] == sys.executable else "python3"
+    except NoSuchKernel:
+        return "python3"
