@@ -21,7 +21,7 @@ from apbm_core.errors import ApbmError
 from apbm_core.files import write_atomically
 from apbm_core.study.pages import html_page, render
 from apbm_core.study.pages import index as index_pages
-from apbm_core.study.pages.sources import Source, Study, displayed
+from apbm_core.study.pages.sources import Reproduction, Source
 from apbm_core.study.training.stopping import Stopped
 
 
@@ -29,11 +29,11 @@ class NotebookFailed(ApbmError):
     """A cell of a notebook raised an error; the message is that error's, and says where the traceback is."""
 
 
-def execute(study: Study, source: Source, warned: set[str]) -> float:
-    """Execute one notebook of the study and write it, with its page, to ``study.folder``.
+def execute(reproduction: Reproduction, source: Source, warned: set[str]) -> float:
+    """Execute one notebook of the study and write it, with its page, to ``reproduction.folder``.
 
     Args:
-        study: gives the parameters, the folder and the root, which the notebook runs in.
+        reproduction: gives the parameters, the folder and the root, which the notebook runs in.
         source: the notebook.
         warned: what earlier notebooks warned of, which is not printed again; what this one warns of is added.
 
@@ -41,24 +41,24 @@ def execute(study: Study, source: Source, warned: set[str]) -> float:
         The seconds it took.
 
     Raises:
-        NotebookFailed: a cell raised an error, or the kernel died; the notebook is kept in ``study.folder/failed``.
+        NotebookFailed: a cell raised an error, or the kernel died; the notebook is kept in <profile>/failed/.
         KeyboardInterrupt: the kernel was interrupted.
         Stopped: the study's minutes are over.
         ApbmError: the folder cannot be written.
     """
     start = time.perf_counter()
-    aside = study.folder / ".executing" / source.path.name
-    failed = study.folder / "failed" / source.path.name
+    aside = reproduction.folder / ".executing" / source.path.name
+    failed = reproduction.folder / "failed" / source.path.name
     try:
         shutil.rmtree(aside.parent, ignore_errors=True)
         aside.parent.mkdir(parents=True)
         papermill.execute_notebook(
             _literal(source.path),
             _literal(aside),
-            parameters=study.parameters(),
+            parameters=reproduction.parameters(),
             kernel_name=_kernel(),
             language="python",
-            cwd=study.root,
+            cwd=reproduction.root,
             progress_bar={"desc": source.name, "leave": False} if sys.stderr.isatty() else False,
             coalesce_streams=True,
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log, about transports and interrupts
@@ -68,18 +68,19 @@ def execute(study: Study, source: Source, warned: set[str]) -> float:
             raise KeyboardInterrupt from error
         if getattr(error, "ename", "") == "Stopped":
             raise Stopped(error.evalue) from error
-        write_atomically(failed, render.to_text(_read_clean(aside, source, study.root)))
+        write_atomically(failed, render.to_text(_read_clean(aside, source, reproduction.root)))
         raise NotebookFailed(
             f"{source.name}: {_sentence(error)}\n"
-            f"The notebook with its traceback is {displayed(failed, study.root)}; what was finished before stays."
+            f"The notebook with its traceback is {reproduction.displayed(failed)}; what was finished before stays."
         ) from error
     except OSError as error:
         raise ApbmError(f"cannot write {aside}: {error.strerror or error}. What was there is unchanged.") from error
 
-    notebook = _read_clean(aside, source, study.root)
-    page = html_page.notebook_page(notebook, source.name, index_pages.neighbours(study.folder))  # it may fail as well
-    write_atomically(study.folder / source.path.name, render.to_text(notebook))
-    write_atomically(study.folder / f"{source.name}.html", page)
+    notebook = _read_clean(aside, source, reproduction.root)
+    neighbours = index_pages.neighbours(reproduction.folder)
+    page = html_page.notebook_page(notebook, source.name, neighbours)  # it may fail as well
+    write_atomically(reproduction.folder / source.path.name, render.to_text(notebook))
+    write_atomically(reproduction.folder / f"{source.name}.html", page)
     for line in render.warnings_in(notebook):
         if line not in warned:  # several notebooks have the same to say of the data
             warned.add(line)

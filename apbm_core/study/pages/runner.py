@@ -29,14 +29,14 @@ import filelock
 
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.files import remove_stale_temporaries, write_atomically
-from apbm_core.study.grid import grid as study_module
 from apbm_core.study.grid import parameters
 from apbm_core.study.grid.budget import STARTED
+from apbm_core.study.grid.grid import RECORDS_ONLY, Study
 from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
 from apbm_core.study.pages import front
 from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.execution import execute
-from apbm_core.study.pages.sources import Source, Study, check_sources, displayed, prepare
+from apbm_core.study.pages.sources import Reproduction, Source, check_sources, displayed, prepare
 from apbm_core.study.records import OWN, PUBLISHED, read_record
 from apbm_core.study.report.frames import beside_published
 from apbm_core.study.training import stopping
@@ -47,11 +47,11 @@ class StudyInterrupted(KeyboardInterrupt):
     """The user or the system stopped the study; the message says what is finished and how to go on."""
 
 
-def reproduce(study: Study, records_only: bool = False) -> Path:
-    """Run the study's notebooks in order; write notebooks, HTML pages and index pages under ``study.folder``.
+def reproduce(reproduction: Reproduction, records_only: bool = False) -> Path:
+    """Run the study's notebooks in order; write notebooks, HTML pages and index pages under ``reproduction.folder``.
 
     Args:
-        study: from :func:`prepare`.
+        reproduction: from :func:`prepare`.
         records_only: in the notebooks, a run that is not recorded is left out and named, not carried out.
 
     Returns:
@@ -62,34 +62,35 @@ def reproduce(study: Study, records_only: bool = False) -> Path:
         StudyInterrupted: Ctrl-C or SIGTERM.
         ApbmError: the folder cannot be written, or another reproduction is writing to it.
     """
-    if records_only and not any(study.folder.glob("runs/*.json")):
-        command = f"make reproduce PROFILE={study.profile} RESULTS={displayed(study.results, study.root)}"
-        has_own = any((study.root / OWN / study.profile).glob("runs/*.json"))
+    if records_only and not any(reproduction.folder.glob("runs/*.json")):
+        results = reproduction.displayed(reproduction.results)
+        command = f"make reproduce PROFILE={reproduction.profile} RESULTS={results}"
+        has_own = any((reproduction.root / OWN / reproduction.profile).glob("runs/*.json"))
         advice = f"your own are in {OWN}: make report RESULTS={OWN}" if has_own else f"first run: {command}"
-        raise ConfigError(f"{displayed(study.folder, study.root)} holds no recorded runs to report on; {advice}")
+        raise ConfigError(f"{results}/{reproduction.profile} holds no recorded runs to report on; {advice}")
     finished: list[str] = []
     warned: set[str] = set()
-    index = study.folder / "index.html"
+    index = reproduction.folder / "index.html"
     package = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": package, "PYTHONHASHSEED": "0", study_module.RECORDS_ONLY: str(int(records_only))}
-    with exclusive(study.folder), _environment(variables):
-        for folder in (study.folder, *(study.folder / name for name in ("figures", "tables", "failed"))):
+    variables = {"PYTHONPATH": package, "PYTHONHASHSEED": "0", RECORDS_ONLY: str(int(records_only))}
+    with exclusive(reproduction.folder), _environment(variables):
+        for folder in (reproduction.folder, *(reproduction.folder / name for name in ("figures", "tables", "failed"))):
             remove_stale_temporaries(folder)
-        remove_stale_temporaries(study.results, older_than=60)  # shared with other profiles' reproductions
-        for source in study.notebooks:
+        remove_stale_temporaries(reproduction.results, older_than=60)  # shared with other profiles' reproductions
+        for source in reproduction.notebooks:
             try:
-                seconds = execute(study, source, warned)
+                seconds = execute(reproduction, source, warned)
             except KeyboardInterrupt:
-                raise StudyInterrupted(_how_to_go_on(study, source, finished)) from None
+                raise StudyInterrupted(_how_to_go_on(reproduction, source, finished)) from None
             finally:
-                shutil.rmtree(study.folder / ".executing", ignore_errors=True)
-                index = index_pages.write_index(study.folder, study.profile, study.description)
+                shutil.rmtree(reproduction.folder / ".executing", ignore_errors=True)
+                index = index_pages.write_index(reproduction.folder, reproduction.profile, reproduction.description)
             finished.append(source.name)
             print(f"{source.name:<14}{seconds:8.1f} s", flush=True)
-        _set_beside_published(study)
-        index_pages.write_notebook_pages(study.folder)  # anew, now that each knows the others
-        index = index_pages.write_index(study.folder, study.profile, study.description)
-    front.write(study.results)
+        _set_beside_published(reproduction)
+        index_pages.write_notebook_pages(reproduction.folder)  # anew, now that each knows the others
+        index = index_pages.write_index(reproduction.folder, reproduction.profile, reproduction.description)
+    front.write(reproduction.results)
     return index
 
 
@@ -120,36 +121,38 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _train_first(study: Study) -> None:
+def _train_first(reproduction: Reproduction) -> None:
     """Where a study is to end in time, carry out its runs before any notebook: this process is the one that is asked to
     end, and it saves what is under way."""
-    effective = lay_over(load_profile(study.root, study.profile), study.changes).parameters
-    if effective.minutes is None or "04_compare" not in [source.name for source in study.notebooks]:
+    effective = lay_over(load_profile(reproduction.root, reproduction.profile), reproduction.changes).parameters
+    if effective.minutes is None or "04_compare" not in [source.name for source in reproduction.notebooks]:
         return
     before = signal.signal(signal.SIGTERM, stopping.ask)
     try:
-        study_module.Study(effective, study.folder, records_only=False).run()
+        Study(effective, reproduction.folder, records_only=False).run()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _set_beside_published(study: Study) -> bool:
+def _set_beside_published(reproduction: Reproduction) -> bool:
     """Print and store this folder's runs beside the published records of the same runs; False if there are none."""
-    published = {path.name for path in study.published.glob("runs/*.json")}
-    here = [path for path in sorted(study.folder.glob("runs/*.json")) if path.name in published]
-    if not here or study.folder.resolve() == study.published.resolve():
+    published = {path.name for path in reproduction.published.glob("runs/*.json")}
+    here = [path for path in sorted(reproduction.folder.glob("runs/*.json")) if path.name in published]
+    if not here or reproduction.folder.resolve() == reproduction.published.resolve():
         return False
-    table = beside_published([read_record(path) for path in here], study.published)
+    table = beside_published([read_record(path) for path in here], reproduction.published)
     most = table["difference"].abs().max()
-    write_atomically(study.folder / "tables" / "beside_published.csv", table.to_csv(index=False, float_format="%.6g"))
-    print(f"\nYour runs (here) beside the published ones (there, {displayed(study.published, study.root)}):")
+    stored = reproduction.folder / "tables" / "beside_published.csv"
+    write_atomically(stored, table.to_csv(index=False, float_format="%.6g"))
+    there = reproduction.displayed(reproduction.published)
+    print(f"\nYour runs (here) beside the published ones (there, {there}):")
     print(table.to_string(index=False, float_format="{:.2f}".format))
     print(f"{len(table)} runs; their accuracies differ by at most {most:.2f} points.\n", flush=True)
     return True
 
 
-def _how_to_go_on(study: Study, source: Source, finished: Sequence[str]) -> str:
-    where = displayed(study.folder, study.root)
+def _how_to_go_on(reproduction: Reproduction, source: Source, finished: Sequence[str]) -> str:
+    where = reproduction.displayed(reproduction.folder)
     done = f"Finished and in {where}: {', '.join(finished)}." if finished else f"What was in {where} is unchanged."
     return f"interrupted in {source.name}. {done}\nThe same command goes on from here: recorded runs are not repeated."
 
@@ -166,14 +169,14 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _calibrate(study: Study) -> None:
+def _calibrate(reproduction: Reproduction) -> None:
     """Measure the phases of this profile's runs, if a notebook is asked for that shows their times."""
-    if not any(source.name.startswith(("02", "03", "04")) for source in study.notebooks):
+    if not any(source.name.startswith(("02", "03", "04")) for source in reproduction.notebooks):
         return
     start = time.perf_counter()
-    wanted = lay_over(load_profile(study.root, study.profile), study.changes).parameters
-    with exclusive(study.folder):
-        found = study_module.Study(wanted, study.folder, records_only=False).calibrate()
+    wanted = lay_over(load_profile(reproduction.root, reproduction.profile), reproduction.changes).parameters
+    with exclusive(reproduction.folder):
+        found = Study(wanted, reproduction.folder, records_only=False).calibrate()
     seconds = time.perf_counter() - start
     if found is None:
         print("These runs are too short to be calibrated; their tables show the seconds that they took.")
@@ -235,14 +238,14 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> in
             _list(root)
             return 0
         assignments = [*options.assignments, *options.more]
-        study = prepare(root, options.profile, options.results, assignments, options.only)
+        reproduction = prepare(root, options.profile, options.results, assignments, options.only)
         if options.command == "calibrate":
-            _calibrate(study)
+            _calibrate(reproduction)
             return 0
         with _environment({STARTED: str(time.time())}):
             if options.command == "run":
-                _train_first(study)
-            print(f"Open {displayed(reproduce(study, options.command == 'report'), root)}")
+                _train_first(reproduction)
+            print(f"Open {displayed(reproduce(reproduction, options.command == 'report'), root)}")
         return 0
     except Stopped as stop:
         print(stop, file=sys.stderr)

@@ -63,7 +63,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Study:
+class Reproduction:
     """A profile, what was changed in it, and the notebooks that show it."""
 
     root: Path
@@ -85,7 +85,11 @@ class Study:
 
     def parameters(self) -> dict[str, Any]:
         """The parameters to inject into a notebook."""
-        return {"profile": self.profile, "results": displayed(self.results, self.root), "changes": dict(self.changes)}
+        return {"profile": self.profile, "results": self.displayed(self.results), "changes": dict(self.changes)}
+
+    def displayed(self, path: Path) -> str:
+        """``path`` as it is shown to the user: relative to the repository, where it lies inside."""
+        return displayed(path, self.root)
 
 
 def prepare(
@@ -94,7 +98,7 @@ def prepare(
     results: str | Path = OWN,
     assignments: Sequence[str] = (),
     only: Sequence[str] = (),
-) -> Study:
+) -> Reproduction:
     """Check everything that can be checked before a notebook starts.
 
     Args:
@@ -113,7 +117,7 @@ def prepare(
     shown = select(everything, settings.notebooks)
     changes = parse_assignments(assignments)
     lay_over(settings, changes)
-    return Study(root, profile, settings.description, root / results, chosen if only else shown, changes)
+    return Reproduction(root, profile, settings.description, root / results, chosen if only else shown, changes)
 
 
 def study_notebooks(root: Path) -> tuple[Source, ...]:
