@@ -233,6 +233,7 @@ TINY = {
     seed=st.integers(0, 2**32 - 1),
     epochs=st.integers(1, 2),
 )
+@pytest.mark.slow
 @example(method="apbm", share=0.5, by="macs", split="tuning", seed=2**32 - 1, epochs=1)
 @example(method="l1", share=0.95, by="params", split="final", seed=0, epochs=1)
 @example(method="polarization", share=0.5, by="macs", split="final", seed=0, epochs=1)

@@ -43,11 +43,13 @@ def said_by_the_table(page: Path) -> str:
     return "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_published_records_are_set_beside_nothing(root):
     assert "These are the published records themselves." in said_by_the_table(root / "results/tiny/01_grid.ipynb")
     assert not (root / "results/tiny/tables").exists()
 
 
+@pytest.mark.slow
 def test_by_default_every_published_run_is_trained_again_and_set_beside(root, capsys):
     before = {path: path.read_bytes() for path in (root / "results/tiny").rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -80,6 +82,7 @@ def test_by_default_every_published_run_is_trained_again_and_set_beside(root, ca
     assert "beside_published.csv" in (root / "results/own/tiny/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_other_runs_have_nothing_to_be_set_beside(root, capsys, tmp_path):
     arguments = ["run", "--profile", "tiny", "--results", str(tmp_path), "epochs=1"]
     assert runner.main(arguments, root) == 0
