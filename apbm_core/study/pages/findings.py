@@ -12,12 +12,15 @@ import pandas as pd
 
 from apbm_core.study.ablation import design
 from apbm_core.study.ablation import tables as ablation_tables
-from apbm_core.study.methods import label
+from apbm_core.study.methods import get_method, label
+from apbm_core.study.networks.models import get_network
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import label_model, points, runs_frame
+from apbm_core.study.report.statistics import ABOVE, BELOW
 from apbm_core.study.report.style import colour
 
 _RIVALS = ("hrank", "polarization", "swp")
+_WORDS = {ABOVE: "helps", BELOW: "hurts"}
 
 
 def sentences(
@@ -36,7 +39,7 @@ def sentences(
         table = points(runs_frame(records[first]))
         asked = table[table["target"] > 0][["target", "model"]].drop_duplicates().sort_values("target", ascending=False)
         for target, model in asked.itertuples(index=False):
-            said += _of_network(table[table["model"] == model], model, target)
+            said += _of_network(table[table["model"] == model], model, target, _form(records[first], model))
     return _of_passing(headline_pairs) + said + _of_ablation(pairs)
 
 
@@ -55,7 +58,16 @@ def headline(records: Mapping[str, Sequence[RunRecord]]) -> str:
     return max(seconds, key=seconds.get) if any(seconds.values()) else ""
 
 
-def _of_network(table: pd.DataFrame, model: str, target: float) -> list[str]:
+def _form(records: Sequence[RunRecord], model: str) -> str:
+    """Says so if APBM ran in a form that is not the one it has by default in such a network."""
+    ran = [
+        record.config.options for record in records if (record.config.method, record.config.model) == ("apbm", model)
+    ]
+    usual = get_method("apbm").Options().for_network(get_network(model)).passing
+    return " (fusion alone; its input was not passed on)" if usual and not any(o.get("passing") for o in ran) else ""
+
+
+def _of_network(table: pd.DataFrame, model: str, target: float, form: str) -> list[str]:
     at = table[table["target"] == target]
     equal = at[at["schedule"] == "equal"].set_index("method")["accuracy"]
     if "apbm" not in equal.index or "scratch" not in equal.index:
@@ -64,7 +76,7 @@ def _of_network(table: pd.DataFrame, model: str, target: float) -> list[str]:
     seeds = f"{row['n']:.0f} seed{'s' if row['n'] > 1 else ''}"
     words = (
         f"<b>{label_model(model)}, {target:.4g} % of its parameters removed</b> ({row['epochs']:.0f} epochs, {seeds}): "
-        f"APBM reaches {equal['apbm']:.2f} %, the same slim network trained from scratch {equal['scratch']:.2f} %"
+        f"APBM{form} reaches {equal['apbm']:.2f} %, the same slim network trained from scratch {equal['scratch']:.2f} %"
     )
     rivals = equal[[name for name in _RIVALS if name in equal.index]]
     if len(rivals):
@@ -85,8 +97,9 @@ def _of_passing(pairs: pd.DataFrame | None) -> list[str]:
         return []
     rows = [named.loc[pair] for pair in (gain, fusing)]
     said = [f"{row['difference']:+.2f} ± {row['interval of difference']:.2f}" for row in rows]
+    of_passing, of_fusing = (_WORDS.get(row["verdict"], "has not been shown to help") for row in rows)
     return [
-        "<b>Passing the input on helps; fusing has not been shown to.</b> VGG16, held-out images, "
+        f"<b>Passing the input on {of_passing}; fusing {of_fusing} beside it.</b> VGG16, held-out images, "
         f"{rows[0]['pairs']:.0f} seeds: APBM whose filters pass their input on against slim from scratch "
         f"{said[0]} points; the same with fusion against without {said[1]} points."
     ]

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -66,6 +67,28 @@ def test_the_findings_are_readable_without_scripts_and_are_the_records(said):
         ]  # fmt: skip
         assert f"{100 * record.test_accuracy:.2f} %" in before_scripts
     assert before_scripts.count("<svg") >= 2 and 'role="img"' in before_scripts
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (("above", "inconclusive"), "Passing the input on helps; fusing has not been shown to help beside it."),
+        (("below", "above"), "Passing the input on hurts; fusing helps beside it."),
+    ],
+)
+def test_what_is_said_of_passing_follows_the_verdicts(verdicts, words):
+    pairs = pd.DataFrame(
+        {
+            "with": ["passing-fused", "passing-fused"],
+            "without": ["scratch", "passing"],
+            "difference": [2.5, -0.125],
+            "interval of difference": [1.0, 0.5],
+            "pairs": [4, 4],
+            "verdict": verdicts,
+        }
+    )
+    (said,) = findings.sentences({}, pd.DataFrame(), pairs)
+    assert words in said and "+2.50 ± 1.00" in said and "-0.12 ± 0.50" in said and "4 seeds" in said
 
 
 def test_a_folder_without_records_has_a_page_all_the_same(tmp_path):
