@@ -38,6 +38,7 @@ SUFFIXES = (
     ".ppm",
     ".pgm",
 )  # as torchvision, and GIF
+_PART = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")  # a download may put a hash behind the numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def find_layout(name: str, root: Path) -> Layout | None:
     if cifar.is_torchvisions(name) and cifar.torchvision_folder(name, root).is_dir():
         return TorchvisionLayout(name, root)
     folder = root / name
-    if name in NAMED and any(parquet_file(folder, split) for split in SPLITS):
+    if name in NAMED and any(parquet_files(folder, split) for split in SPLITS):
         return ParquetLayout(folder, NAMED[name])
     if any((folder / split).is_dir() for split in SPLITS):
         return ImageFolderLayout(folder, NAMED.get(name))
@@ -93,31 +94,41 @@ class TorchvisionLayout:
         return Decoded(*cifar.read_torchvision(self._name, self._root), self.classes)
 
 
-def parquet_file(folder: Path, split: str) -> Path | None:
-    """The one file of a split in a folder: ``train.parquet``, or under Hugging Face's own name; None if there is none.
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder, in their order: ``train.parquet``, or the parts under Hugging Face's own names.
 
     Raises:
-        DataError: the split is in several parts.
+        DataError: parts are missing, or there are several sets of them.
     """
     if (plain := folder / f"{split}.parquet").exists():
-        return plain
-    found = sorted(
-        path for place in ("", "plain_text/", "data/", "*/") for path in folder.glob(f"{place}{split}-*.parquet")
-    )
-    found = list(dict.fromkeys(found))
-    if len(found) > 1:
+        return [plain]
+    found = [path for place in ("", "*/") for path in folder.glob(f"{place}{split}-*.parquet")]
+    found = sorted((path for path in found if path.name[0] != "."), key=lambda path: path.as_posix())
+    parts = [_PART.search(path.name) for path in found]
+    if not found or (len(found) == 1 and parts[0] is None):
+        return found
+    sets = {(path.parent, part[2] if part else None) for path, part in zip(found, parts, strict=True)}
+    numbers = [int(part[1]) for part in parts if part]
+    if len(sets) > 1 or len(set(numbers)) < len(found):
         names = ", ".join(path.relative_to(folder).as_posix() for path in found)
         raise DataError(
-            f"{folder} has several files of the {split} split ({names}); one is read: merge or remove some."
+            f"{folder} has several files of the {split} split which are not the parts of one set ({names}); keep "
+            f"{split}.parquet, or {split}-00000-of-00002.parquet and so on from one download."
         )
-    return found[0] if found else None
+    count = int(parts[0][2])
+    if missing := sorted(set(range(count)) - set(numbers)):
+        raise DataError(
+            f"{found[0].parent} has {len(found)} of the {count} parts of the {split} split: "
+            f"{split}-{missing[0]:05d}-of-{count:05d}.parquet is missing. Fetch it."
+        )
+    return [path for _, path in sorted(zip(numbers, found, strict=True))]
 
 
 class ParquetLayout:
     """CIFAR as Hugging Face distributes it: encoded images in a struct column, labels in alphabetical order.
 
     The column is called ``img`` or ``image``, the files ``train.parquet`` or, as in a download,
-    ``plain_text/train-00000-of-00001.parquet`` or ``data/train-...``.
+    ``plain_text/train-00000-of-00001.parquet`` or ``data/train-...``, in one part or several.
     """
 
     worth_caching = True
@@ -128,25 +139,33 @@ class ParquetLayout:
 
     def key(self) -> str:
         digest = hashlib.sha256()
-        for split in SPLITS:  # two files: their content is read in a blink, and tells of damage that a date does not
-            try:
-                with self._path(split).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise DataError(f"{self._path(split)} cannot be read ({error.strerror}).") from error
+        for split in SPLITS:  # few files: their content is read in a blink, and tells of damage that a date does not
+            for path in self._paths(split):
+                try:
+                    with path.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
+                except OSError as error:
+                    raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         return digest.hexdigest()
 
     def read(self) -> Decoded:
-        train, test = (self._read_split(self._path(split)) for split in SPLITS)
+        train, test = (self._read_split(split) for split in SPLITS)
         return _require_published(Decoded(train, test, self.classes), self._published, self.location)
 
-    def _path(self, split: str) -> Path:
-        path = parquet_file(self.location, split) or self.location / f"{split}.parquet"
-        if not path.is_file():
-            raise DataError(f"{path} is missing: both train.parquet and test.parquet are needed. Fetch it.")
-        return path
+    def _paths(self, split: str) -> list[Path]:
+        paths = parquet_files(self.location, split)
+        if not paths or not all(path.is_file() for path in paths):
+            missing = next((path for path in paths if not path.is_file()), self.location / f"{split}.parquet")
+            raise DataError(f"{missing} is missing: both train.parquet and test.parquet are needed. Fetch it.")
+        return paths
 
-    def _read_split(self, path: Path) -> Images:
+    def _read_split(self, split: str) -> Images:
+        parts = [self._read_part(path) for path in self._paths(split)]
+        if len(parts) == 1:
+            return parts[0]
+        return Images(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+    def _read_part(self, path: Path) -> Images:
         encoded, labels = self._read_columns(path)
         if not encoded:
             raise DataError(f"{path} holds no image; fetch it again.")

@@ -85,6 +85,31 @@ def test_hugging_faces_own_file_names_and_column(place, tmp_path):
         find_layout("cifar10", tmp_path).read()
 
 
+def test_a_split_in_parts_is_read_whole_and_in_order(tmp_path):
+    content = write_parquet_cifar10(tmp_path)
+    folder = tmp_path / "cifar10"
+    table = pa.parquet.read_table(folder / "train.parquet")
+    (folder / "train.parquet").unlink()
+    (folder / "data").mkdir()
+    parts = [folder / "data" / f"train-{number:05d}-of-00011-0a1b.parquet" for number in range(11)]
+    for number, path in enumerate(parts):
+        pa.parquet.write_table(table.slice(number, 1 if number < 10 else None), path)
+    layout = find_layout("cifar10", tmp_path)
+    key, found = layout.key(), layout.read()
+    assert np.array_equal(found.train.images.numpy(), content["train"][0])
+    assert found.train.labels.tolist() == content["train"][1].tolist()
+    pa.parquet.write_table(table.slice(1, 1), parts[4])
+    assert layout.key() != key
+    parts[7].unlink()
+    with pytest.raises(DataError, match="10 of the 11 parts .* train-00007-of-00011.parquet is missing"):
+        layout.read()
+    pa.parquet.write_table(table, folder / "data" / "train-00007-of-00011-cafe.parquet")
+    assert len(layout.read().train) == 2 * len(table) - 1
+    pa.parquet.write_table(table, folder / "data" / "train-00007-of-00011.parquet")
+    with pytest.raises(DataError, match="several files"):
+        layout.read()
+
+
 def test_an_animation_is_its_first_picture():
     frames = [Image.fromarray(image) for image in make_pixels(2, 0, 8) // 128 * 255]
     file = io.BytesIO()
