@@ -85,7 +85,7 @@ lab: setup ## Open JupyterLab on a welcome page, with copies of the notebooks in
 	$(PY) -m apbm_core.study.pages.lab
 
 lock: setup ## Take the newest packages that pyproject.toml allows and pin them in requirements.lock
-	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[dev,notebooks,onnx]'
+	$(PY) -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[bench,dev,notebooks,onnx]'
 	@{ echo '# Every package of .venv, pinned. Written by `make lock`; environment.yml repeats the direct ones.'; \
 	   $(PY) -m pip freeze --all --exclude-editable --exclude pip | sed -E \
 	   's/^((cuda|nvidia|triton)[^ ]*)$$/\1 ; platform_system == "Linux" and platform_machine == "x86_64"/'; \

@@ -4,7 +4,8 @@
 
 Every number that matters is a ratio of things that took turns within this run (measure.py says how). Each section
 prints its tables and is kept in ``results/bench/<device>.json`` and ``.md`` at once. Measured again, it replaces its
-old self and the others stay. A quick run has files of its own.
+old self and the others stay. A quick run has files of its own. The section "networks", which measures no speed, is run
+if it is asked for; it goes on where it was stopped.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,7 @@ from apbm_core.errors import ApbmError, ConfigError, RecordError
 from apbm_core.files import write_atomically
 from apbm_core.study.bench.deployment import deployment
 from apbm_core.study.bench.measure import Settings, Table, render_markdown, render_text
+from apbm_core.study.bench.networks import networks
 from apbm_core.study.bench.processes import side_by_side
 from apbm_core.study.bench.profile import step_profile
 from apbm_core.study.bench.scoring import criteria, rescoring
@@ -42,7 +45,9 @@ SECTIONS: dict[str, Callable[[Settings], list[Table]]] = {
     "profile": step_profile,
     "deployment": deployment,
     "side-by-side": side_by_side,
+    "networks": networks,
 }
+ONLY_IF_ASKED = ("networks",)  # an hour or so, and no speeds
 QUICK = "A quick run: few rounds, rough ratios."
 _FORMAT = 1
 
@@ -102,7 +107,8 @@ def run_sections(names: Sequence[str], settings: Settings, folder: str | Path) -
     """
     facts = environment(settings.device) | {"load_before": _load()}
     facts["versions"] = facts["versions"] | _optional_versions()
-    file = BenchFile(folder, file_name(settings, facts["device"]))
+    settings = replace(settings, folder=Path(folder), name=file_name(settings, facts["device"]))
+    file = BenchFile(folder, settings.name)
     print(f"{facts['device']} ({_instructions(facts)}), {settings.threads} threads, torch {facts['torch']}")
     print(f"Cells read: median (quartiles over the rounds).{' ' + QUICK if settings.quick else ''}")
     for name in names:
@@ -146,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         make = Settings.rough if options.quick else Settings
         settings = make(pick_device(options.device), torch.get_num_threads(), compile=options.compile)
-        file = run_sections(options.only or list(SECTIONS), settings, options.results)
+        file = run_sections(
+            options.only or [name for name in SECTIONS if name not in ONLY_IF_ASKED], settings, options.results
+        )
     except ApbmError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -165,7 +173,7 @@ def _load() -> str:
 
 def _optional_versions() -> dict[str, str]:
     versions = {}
-    for name in ("onnx", "onnxruntime"):
+    for name in ("onnx", "onnxruntime", "timm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,0 +1,177 @@
+"""Benchmark on the networks of others: how much of each goes at keep = 0.5, and whether what is left is right.
+
+Every network of the zoo has a process of its own with a limit of time and memory (network_case.py). What is found is
+kept in ``networks/<device>.csv`` at once, so that a run which was stopped goes on where it stood; a network is done
+again when the library has changed.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import apbm_core
+from apbm_core.errors import RecordError
+from apbm_core.files import write_atomically
+from apbm_core.study.bench.measure import Settings, Table
+from apbm_core.study.bench.zoo.members import ZOO
+
+KEEP = 0.5
+LIMITS = {"seconds": 600, "gigabytes": 10}
+GOALS = {"removed": 0.70, "difference": 1e-4}
+QUICK = ("perceptron", "1-d", "strided channels")
+COLUMNS = (
+    "network", "parameters", "ours", "torch-pruning", "difference", "layers", "left alone", "ours says",
+    "torch-pruning says", "ours seconds", "torch-pruning seconds", "code",
+)  # fmt: skip
+_NUMBERS = {"parameters": int, "layers": int, "left alone": int} | dict.fromkeys(
+    ("ours", "torch-pruning", "difference", "ours seconds", "torch-pruning seconds"), float
+)
+
+
+def networks(settings: Settings) -> list[Table]:
+    """Share of the parameters removed from each network, by ours and by torch-pruning's pruner, and why not."""
+    names = [name for name in (QUICK if settings.quick else ZOO) if _is_installed(name)]
+    file = settings.folder / "networks" / f"{settings.name}.csv"
+    rows, code = read(file), code_digest()
+    for number, name in enumerate(names, start=1):
+        if rows.get(name, {}).get("code") == code:
+            continue
+        rows[name] = run_case(name) | {"code": code}
+        rows = {key: rows[key] for key in ZOO if key in rows}
+        write(file, rows)
+        print(f"{number}/{len(names)} {_sentence(rows[name])}", flush=True)
+    return [table_of([rows[name] for name in names])]
+
+
+def run_case(name: str, limits: Mapping[str, float] = LIMITS) -> dict[str, Any]:
+    """The row of one network; where its process does not end well, the reason is what ours says."""
+    command = [sys.executable, "-m", "apbm_core.study.bench.network_case", name, str(KEEP), str(limits["gigabytes"])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, sys.path)))}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limits["seconds"], env=environment)
+    except subprocess.TimeoutExpired:
+        return {"network": name, "ours says": f"not done within {limits['seconds']:g} s"}
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {"network": name, "ours says": f"its process ended with status {done.returncode}: {said[:160]}"}
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """The rows that matter to a reader, and whether the goals are met."""
+    table = Table(
+        f"Networks of others: share of the parameters removed at keep = {KEEP:g}",
+        ("network", "parameters", "ours", "torch-pruning", "fused against compact", "left alone", "why not more"),
+    )
+    for row in rows:
+        why = [row.get("ours says")] if row.get("ours says") and not _is_enough(row) else []
+        why += [f"(torch-pruning: {row['torch-pruning says']})"] if row.get("torch-pruning says") else []
+        table.add(
+            network=row["network"],
+            parameters=row.get("parameters"),
+            ours=_rounded(row.get("ours")),
+            **{"torch-pruning": _rounded(row.get("torch-pruning"))},
+            **{"fused against compact": f"{row['difference']:.0e}" if row.get("difference") is not None else None},
+            left_alone=f"{row['left alone']} of {row['layers']}" if row.get("layers") is not None else None,
+            why_not_more=" ".join(why) or None,
+        )
+    ours = [row for row in rows if row.get("ours") is not None]
+    theirs = [row for row in rows if row.get("torch-pruning") is not None]
+    named = [row for row in rows if row.get("ours") is not None or row.get("ours says")]
+    unequal = [row["network"] for row in ours if not row["difference"] <= GOALS["difference"]]
+    share = median([row.get("ours") or 0.0 for row in rows])
+    table.notes += [
+        f"Random weights, small images. Ours runs on {len(ours)} of {len(rows)} networks, torch-pruning's pruner on "
+        f"{len(theirs)} (magnitudes of groups, the same ratio, the layers of the outputs left out; what it returns is "
+        "not checked).",
+        "Ours: fused, trained a step, scored again, compacted. Fused against compact: the largest difference of their "
+        "outputs over the largest output. Left alone: layers that keep all of their filters, those of the outputs "
+        "among them.",
+        f"Goal: runs, or names the reason, on all. {_verdict(len(named) == len(rows))}: {len(named)} of {len(rows)}.",
+        f"Goal: median share removed, what does not run counted as 0: at least {GOALS['removed']:g}. "
+        f"{_verdict(share >= GOALS['removed'])}: {share:.3f}"
+        + (f" (torch-pruning's: {median([r.get('torch-pruning') or 0.0 for r in rows]):.3f})." if rows else "."),
+        f"Goal: fused and compact agree to {GOALS['difference']:g} on all. {_verdict(not unequal)}"
+        + (f": {', '.join(unequal)} do not." if unequal else f": {len(ours)} of {len(ours)}."),
+    ]
+    missing = [name for name in ZOO if not _is_installed(name)]
+    if missing:
+        table.notes.append(f"Without timm, {len(missing)} networks are left out: pip install 'apbm-core[bench]'.")
+    return table
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """The rows that a file holds, by network.
+
+    Raises:
+        RecordError: it is not such a file.
+    """
+    if not file.exists():
+        return {}
+    try:
+        with file.open(newline="") as stream:
+            reader = csv.DictReader(stream)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are {reader.fieldnames}")
+            found = {}
+            for row in reader:
+                found[row["network"]] = {k: _NUMBERS.get(k, str)(v) for k, v in row.items() if v not in ("", None)}
+            return found
+    except (OSError, ValueError, csv.Error) as error:
+        raise RecordError(f"{file} is not a table of networks ({error}); delete it, and measure again.") from None
+
+
+def write(file: Path, rows: Mapping[str, dict[str, Any]]) -> None:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, stream.getvalue())
+
+
+def code_digest() -> str:
+    """Changes with the library's own code, and with the versions of what it stands on."""
+    content = hashlib.sha256()
+    for path in sorted(Path(apbm_core.__file__).parent.glob("*.py")):
+        content.update(path.read_bytes())
+    for package in ("torch", "torch-pruning"):
+        content.update(metadata.version(package).encode())
+    return content.hexdigest()[:12]
+
+
+def _is_installed(name: str) -> bool:
+    if not name.startswith("timm "):
+        return True
+    try:
+        metadata.version("timm")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _is_enough(row: Mapping[str, Any]) -> bool:
+    return (row.get("ours") or 0.0) >= GOALS["removed"]
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 3)
+
+
+def _verdict(is_met: bool) -> str:
+    return "Met" if is_met else "Missed"
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    share = f"{row['ours']:.3f} removed" if row.get("ours") is not None else "not fused"
+    return f"{row['network']}: {share}{'; ' + row['ours says'] if row.get('ours says') else ''}"
