@@ -16,11 +16,13 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-import apbm_core
+from apbm_core.anatomy import Anatomy
+from apbm_core.compress import compact, fuse_anatomy, rescore
 from apbm_core.copies import copy_of
 from apbm_core.forward import call, evaluation_mode, tensors_in
-from apbm_core.fusion import fused_layers
+from apbm_core.fusion import FusionSettings, fused_layers
 from apbm_core.groups import LAYERS
+from apbm_core.planning import wanted_units
 from apbm_core.study.bench.zoo.members import build
 
 _PROGRESS = 0.3  # of the training: filters are still mixed, so that fused and compact have something to disagree on
@@ -51,7 +53,8 @@ def parameters_of(model: nn.Module) -> int:
 
 def _ours(model: nn.Module, inputs: Any, keep: float) -> dict[str, Any]:
     """Fuse, train a step, score again, compact; and whether the compact network computes what the fused one does."""
-    fused = apbm_core.fuse(model, inputs, keep)
+    anatomy = Anatomy(model, inputs, True)  # what fuse() begins with; it knows the reasons as well
+    fused = fuse_anatomy(anatomy, wanted_units(anatomy, keep), FusionSettings())
     names = [name for name, _, _ in fused_layers(fused)]
     fused.train()
     loss = sum(tensor.float().square().mean() for tensor in tensors_in(call(fused, inputs)) if tensor.requires_grad)
@@ -60,17 +63,16 @@ def _ours(model: nn.Module, inputs: Any, keep: float) -> dict[str, Any]:
     untrained = [n for n, bank in zip(names, banks, strict=True) if bank.requires_grad and bank.grad is None]
     if untrained:
         raise RuntimeError(f"no gradient reaches {untrained[0]}")
-    apbm_core.rescore(fused, _PROGRESS)
-    net = apbm_core.compact(fused.eval())
+    rescore(fused, _PROGRESS)
+    net = compact(fused.eval())
     with torch.no_grad():
         wanted, found = tensors_in(call(fused, inputs)), tensors_in(call(net, inputs))
     dense, slim = parameters_of(model), parameters_of(net)
-    reasons = apbm_core.why_not_prunable(model, inputs, groups=True)
-    left = {layer: reason for layer, reason in reasons.items() if reason is not None}
+    left = {layer: reason for layer, reason in anatomy.reasons.items() if reason is not None}
     return {
         "ours": 1 - slim / dense,
         "difference": _difference(wanted, found),
-        "layers": len(reasons),
+        "layers": len(anatomy.reasons),
         "left alone": len(left),
         "ours says": _why(model, left) if left else None,
     }

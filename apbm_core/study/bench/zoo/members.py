@@ -16,41 +16,32 @@ CLASSIFICATION = {
     "alexnet": 96, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
     "googlenet": 96, "inception_v3": 96, "maxvit_t": 224, "mnasnet0_5": 64, "mobilenet_v2": 64,
     "mobilenet_v3_large": 64, "mobilenet_v3_small": 64, "regnet_x_400mf": 64, "regnet_y_400mf": 64, "resnet18": 64,
-    "resnet34": 64, "resnet50": 64, "resnext50_32x4d": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_0": 64,
-    "squeezenet1_1": 64, "swin_t": 64, "swin_v2_t": 64, "vgg11": 64, "vgg11_bn": 64, "vgg16_bn": 64, "vit_b_32": 64,
-    "wide_resnet50_2": 64,
+    "resnet50": 64, "resnext50_32x4d": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64, "swin_t": 64,
+    "swin_v2_t": 64, "vgg11_bn": 64, "vit_b_32": 64,
 }  # fmt: skip
-SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
+SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 DETECTION = {
     "resnet18_fpn": 64, "resnet50_fpn": 64, "mobilenet_v3_large_fpn": 64, "ssd300_vgg16": 300,
     "ssdlite320_mobilenet_v3_large": 128,
 }  # fmt: skip
 VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18")
 
-# One small member of each family of timm -> the size of its images, or -size where the network is told of it.
+# One member of under 12 million parameters of timm's families, where there is one -> the size of its images, or -size where the network is told of it.
 TIMM = {
-    "botnet26t_256": -64, "caformer_s18": 64, "cait_xxs24_224": -64, "coat_lite_tiny": -64,
-    "coatnet_pico_rw_224": -64, "convformer_s18": 64, "convit_tiny": -64, "convmixer_768_32": 64, "convnext_atto": 64,
-    "convnextv2_atto": 64, "crossvit_tiny_240": 64, "cs3darknet_focus_s": 64, "cspresnet50": 64, "davit_tiny": 64,
-    "deit_tiny_patch16_224": -64, "dla46x_c": 64, "dpn48b": 64, "eca_nfnet_l0": 64, "eca_resnext26ts": 64,
-    "edgenext_xx_small": 64, "efficientformer_l1": -224, "efficientformerv2_s0": -64, "efficientnet_lite0": 64,
+    "botnet26t_256": -64, "cait_xxs24_224": -64, "coat_lite_tiny": -64, "convit_tiny": -64, "convnext_atto": 64,
+    "convnextv2_atto": 64, "crossvit_tiny_240": 64, "cs3darknet_focus_s": 64, "dla46x_c": 64, "dpn48b": 64,
+    "eca_resnext26ts": 64, "edgenext_xx_small": 64, "efficientformerv2_s0": -64, "efficientnet_lite0": 64,
     "efficientvim_m1": 64, "efficientvit_b0": 64, "efficientvit_m0": 64, "ese_vovnet19b_slim_dw": 64,
-    "eva02_tiny_patch14_224": -64, "fasternet_t0": 64, "fastvit_t8": 64, "focalnet_tiny_srf": 64, "gcvit_xxtiny": -64,
-    "gernet_s": 64, "ghostnet_050": 64, "gmlp_ti16_224": -64, "hgnetv2_b0": 64, "hiera_tiny_224": -64,
-    "hrnet_w18_small": 64, "iformer_t": 64, "inception_next_atto": 64, "inception_v4": 96, "lcnet_050": 64,
-    "legacy_seresnet18": 64, "levit_128s": -64, "lowformer_b0": 64, "mambaout_femto": 64,
-    "maxvit_rmlp_pico_rw_256": -64, "mixer_s32_224": -64, "mnasnet_small": 64, "mobilenetv3_small_050": 64,
+    "eva02_tiny_patch14_224": -64, "fasternet_t0": 64, "fastvit_t8": 64, "gcvit_xxtiny": -64, "gernet_s": 64,
+    "ghostnet_050": 64, "gmlp_ti16_224": -64, "hgnetv2_b0": 64, "hrnet_w18_small": 64, "iformer_t": 64,
+    "inception_next_atto": 64, "lcnet_050": 64, "legacy_seresnet18": 64, "levit_128s": -64, "mambaout_femto": 64,
+    "maxvit_rmlp_pico_rw_256": -64, "mnasnet_small": 64, "mobilenetv3_small_050": 64,
     "mobilenetv4_conv_small_050": 64, "mobileone_s0": 64, "mobilevit_xxs": 64, "mobilevitv2_050": 64,
-    "mvitv2_tiny": 64, "nest_tiny": -64, "nextvit_small": 64, "nf_regnet_b0": 64, "pit_ti_224": -64,
-    "poolformer_s12": 64, "poolformerv2_s12": 64, "pvt_v2_b0": 64, "rdnet_tiny": 64, "regnetx_002": 64,
-    "regnety_002": 64, "repghostnet_050": 64, "repvgg_a0": 64, "repvit_m0_9": 64, "res2net50_14w_8s": 64,
-    "resmlp_12_224": -64, "resnest14d": 64, "resnet10t": 64, "resnetv2_18": 64, "rexnet_100": 64, "selecsls42": 64,
-    "sequencer2d_s": 64, "shvit_s1": 64, "skresnet18": 64, "starnet_s050": 64, "swiftformer_xs": 64,
-    "swin_tiny_patch4_window7_224": -64, "swinv2_cr_tiny_ns_224": -64, "swinv2_tiny_window8_256": -64,
-    "tf_efficientnetv2_b0": 64, "tiny_vit_5m_224": 64, "tinynet_e": 64, "tnt_s_legacy_patch16_224": -64,
-    "twins_pcpvt_small": 64, "twins_svt_small": 64, "visformer_tiny": -64, "vit_relpos_small_patch16_224": -64,
-    "vit_tiny_patch16_224": -64, "vit_tiny_r_s16_p8_224": -64, "vitamin_small_224": -64, "volo_d1_224": -64,
-    "xception": 64, "xception41p": 64, "xcit_nano_12_p16_224": 64,
+    "nf_regnet_b0": 64, "pit_ti_224": -64, "poolformer_s12": 64, "pvt_v2_b0": 64, "regnetx_002": 64,
+    "regnety_002": 64, "repghostnet_050": 64, "repvgg_a0": 64, "repvit_m0_9": 64, "resnest14d": 64, "resnet10t": 64,
+    "resnetv2_18": 64, "rexnet_100": 64, "shvit_s1": 64, "skresnet18": 64, "starnet_s050": 64, "swiftformer_xs": 64,
+    "tf_efficientnetv2_b0": 64, "tiny_vit_5m_224": 64, "tinynet_e": 64, "visformer_tiny": -64,
+    "vit_tiny_patch16_224": -64, "xcit_nano_12_p16_224": 64,
 }  # fmt: skip
 
 
