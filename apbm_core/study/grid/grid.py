@@ -141,10 +141,10 @@ class Study:
 
     def configs(self, starts_from: Sequence[str] | None = None) -> list[RunConfig]:
         """The grid's runs; only those whose method starts from one of ``starts_from``, if that is given."""
-        methods = self.parameters.methods
-        if starts_from is not None:
-            methods = [name for name in methods if get_method(name).starts_from in starts_from]
-        return self.parameters.run_configs(self.dataset, methods) if methods else []
+        configs = self.parameters.run_configs(self.dataset)
+        if starts_from is None:
+            return configs
+        return [config for config in configs if get_method(config.method).starts_from in starts_from]
 
     def records(self, configs: Iterable[RunConfig] | None = None) -> list[RunRecord]:
         """The records there are of ``configs``, by default of the whole grid and its equal-time runs."""

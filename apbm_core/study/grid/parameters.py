@@ -1,7 +1,6 @@
 """The parameters of a study, which the notebooks and profiles set, and the grid of runs that they ask for."""
 
 import itertools
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -177,7 +176,7 @@ class StudyParameters(BaseModel):
                     f"{', '.join(other for other in SOLVERS if other != self.widths)}."
                 )
 
-    def run_configs(self, dataset: str, methods: Iterable[str] | None = None) -> list[RunConfig]:
+    def run_configs(self, dataset: str) -> list[RunConfig]:
         """Every run of the grid on ``dataset``, the equal-time ones aside: their length follows from records.
 
         With ``blocks`` it is theirs, those that name no data set on ``dataset``; a run of several is listed once.
@@ -185,14 +184,12 @@ class StudyParameters(BaseModel):
         recipe, configs = get_recipe(self.recipe, **self.recipe_overrides), []
         if self.blocks:
             for seed, block in itertools.product(self.seeds, self.blocks):
-                part = self._block(block | {"seeds": [seed]})
-                named = [name for name in part.methods if methods is None or name in methods]
-                configs += part.run_configs(block.get("dataset", dataset), named) if named else []
+                configs += self._block(block | {"seeds": [seed]}).run_configs(block.get("dataset", dataset))
             return list({config.id: config for config in configs}.values())
         self._check_crops(dataset, recipe)
         for model in self.models:
             for seed in self.seeds:
-                for method in map(get_method, methods or self.methods):
+                for method in map(get_method, self.methods):
                     shares = [0.0] if method.name == "dense" else self.targets[model]
                     for schedule in self.schedules:
                         if schedule == "equal-time" or schedule not in method.schedules:

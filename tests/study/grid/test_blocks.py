@@ -6,6 +6,7 @@ import pytest
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.grid.budget import in_order
+from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.profiles import lay_over, load_profile
 
@@ -48,7 +49,6 @@ def test_without_blocks_the_grid_and_its_ids_are_what_they_were():
     plain = StudyParameters.parse(BASE)
     block = StudyParameters.parse(BASE | {"blocks": [{"models": ["resnet20"]}, {"models": ["resnet56"]}]})
     assert {c.id for c in plain.run_configs("cifar10")} == {c.id for c in block.run_configs("cifar10")}
-    assert [c.method for c in block.run_configs("cifar10", ["l1"])] == ["l1"] * 6
 
 
 def test_a_method_has_its_tuned_rate():
@@ -88,3 +88,14 @@ def test_the_curves_are_planned_as_they_are_described():
             targets = {c.target for c in part if c.method == method}
             assert target in targets and max(targets) > target, method
         assert {c.recipe.crop for c in part} == ({24} if model == "resnet56" else {None})
+
+
+def test_a_study_runs_the_methods_that_only_a_block_names(tmp_path):
+    parameters = StudyParameters.parse(BASE | {"dataset": "digits", "blocks": BLOCKS})
+    study = Study(parameters, tmp_path)
+    named = {method for block in BLOCKS for method in block.get("methods", ())}
+    assert named - set(parameters.methods)
+    assert study.configs() == parameters.run_configs("digits")
+    assert named <= {config.method for config in study.configs()}
+    starts = [study.configs([start]) for start in ("scratch", "pretrained", "sparse")]
+    assert sorted(c.id for part in starts for c in part) == sorted(c.id for c in study.configs())
