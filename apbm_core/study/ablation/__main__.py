@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from apbm_core.errors import ApbmError
 from apbm_core.study.ablation import design, tables
+from apbm_core.study.ablation.variants import VARIANTS
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.records import PUBLISHED
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 1 for an error that the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m apbm_core.study.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--bed", default="resnet20", help=f"where to compare: {', '.join(design.BEDS)}")
-    parser.add_argument("--variants", nargs="*", default=list(design.VARIANTS), metavar="NAME", help="all by default")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="all by default")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(design.SEEDS), metavar="SEED")
     parser.add_argument("--folder", default=f"{PUBLISHED}/{design.FOLDER}", help="where the records are")
     given = parser.parse_args(arguments)

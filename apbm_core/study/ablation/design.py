@@ -1,6 +1,6 @@
 """The ablation: APBM with one ingredient changed at a time, judged on held-out training images.
 
-Data: the beds, the variants, the pairs of them that differ by one ingredient; and the runs that follow from them.
+Here are the beds, which of the variants (:mod:`apbm_core.study.ablation.variants`) run in each, and those runs.
 ``make reproduce PROFILE=ablation`` carries out what is not recorded yet, seed by seed, so that every variant has as
 many as the others whenever it is stopped, and renders 05_ablation. The test images are never seen here: variants are
 compared on training images that their run did not train on, with seeds that the study itself does not use.
@@ -10,11 +10,11 @@ So the beds train on part of the images, and all the others judge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apbm_core.errors import ConfigError
+from apbm_core.study.ablation.variants import VARIANTS
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.records import ResultsFolder, RunConfig, RunRecord
@@ -45,196 +45,6 @@ BEDS: dict[str, dict[str, Any]] = {
 }
 """Where the variants are compared: parameters of a study, all of them with ``split = "tuning"``."""
 
-BASE: dict[str, Any] = {
-    "settings": {
-        "schedule": {"kind": "annealed", "start": 1.0, "end": 2.0, "freeze": 0.6, "scale_free": True},
-        "metric": "euclidean",
-        "score": "relative-entropy",
-        "mass": "all",
-        "amount": "whole",
-        "rescale": True,
-        "stable_slots": True,
-        "fuse": True,
-        "reselect": True,
-        "bank": 1.0,
-        "initial": "model",
-        "gain": False,
-        "learn_mixing": False,
-    },
-    "rescores_per_epoch": 4,
-    "collapse": False,
-    "bank_lr": 1.0,
-    "bank_decay": 1.0,
-    "wide": 0.0,
-    "stages": 1,
-    "merge": "activations",
-    "widths": "shared",
-    "budget_tau": 1.0,
-    "passing": False,
-}
-"""What the variants start from, spelt out, so that it stays what it was when APBM's defaults change."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of the ablation: what differs from BASE, or a rival for comparison."""
-
-    name: str
-    group: str  # the ingredient it is about
-    label: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    method: str = "apbm"
-    filters: str = "uniform"  # the rule that divides the target among the layers
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-
-    def all_options(self) -> dict[str, Any]:
-        """The method's options: APBM's in full, a rival's as far as they differ from its defaults."""
-        if self.method != "apbm":
-            return dict(self.options)
-        return {**BASE, **self.options, "settings": {**BASE["settings"], **self.settings}}
-
-
-def _tau(start: float, end: float, freeze: float) -> dict[str, Any]:
-    return {"schedule": {"kind": "annealed", "start": start, "end": end, "freeze": freeze, "scale_free": True}}
-
-
-_SLICE = {"fuse": False, "score": "order", "reselect": False}
-
-# The same peak rate for the whole network; 0.2 is the recipe's, whose runs stand among the other variants.
-_RATES = (
-    *(
-        Variant(
-            f"scratch-rate-{rate}", "rate", f"slim from scratch, rate {rate}", method="scratch", recipe={"lr": rate}
-        )
-        for rate in (0.1, 0.8)
-    ),
-    *(
-        Variant(
-            f"fan-in-rate-{rate}",
-            "rate",
-            f"slim from scratch, drawn at the dense fan-in, rate {rate}",
-            method="scratch",
-            options={"fan_in": "dense"},
-            recipe={"lr": rate},
-        )
-        for rate in (0.1, 0.2, 0.4, 0.8)
-    ),
-    *(
-        Variant(f"slice-rate-{rate}", "rate", f"the slice, rate {rate}", _SLICE, recipe={"lr": rate})
-        for rate in (0.1, 0.4, 0.8)
-    ),
-    *(Variant(f"base-rate-{rate}", "rate", f"base, rate {rate}", recipe={"lr": rate}) for rate in (0.1, 0.4, 0.8)),
-    *(
-        Variant(
-            f"passing-rate-{rate}",
-            "rate",
-            f"passing and fused, rate {rate}",
-            options={"passing": True},
-            recipe={"lr": rate},
-        )
-        for rate in (0.1, 0.4)
-    ),
-)
-
-# Filters that are their own input channel plus what is learned or fused, and the controls of the same start.
-_PASSING = (
-    Variant("dirac", "passing", "slim from scratch, identity start", method="dirac"),
-    Variant("reparam", "passing", "slim from scratch, branches with norms of their own", method="reparam"),
-    Variant("passing", "passing", "the slice, passing its input on; no fusion, no score", _SLICE, {"passing": True}),
-    Variant("passing-selected", "passing", "passing, the KL score selects", {"fuse": False}, {"passing": True}),
-    Variant("passing-fused", "passing", "passing and fused: base's fusion", options={"passing": True}),
-    Variant(
-        "passing-assigned",
-        "passing",
-        "passing and fused: unimportant filters divide themselves",
-        {"mass": "assigned"},
-        {"passing": True},
-    ),
-    *(
-        Variant(
-            f"passing-{name}",
-            "passing",
-            f"passing and fused in learned amounts: {label}",
-            {"mass": mass, "amount": "learned"},
-            {"passing": True},
-        )
-        for name, mass, label in (
-            ("gated", "all", "base's fusion"),
-            ("gated-assigned", "assigned", "unimportant filters divide themselves"),
-            ("gated-shuffled", "shuffled", "among kept ones at random"),
-        )
-    ),
-)
-
-_SIXTH = 1 / 6  # one epoch of the beds' six
-
-_ALL = (
-    Variant("scratch", "reference", "slim from scratch", method="scratch"),
-    Variant("scratch-lr-2", "reference", "slim from scratch, twice the rate", method="scratch", recipe={"lr": 0.4}),
-    Variant("l1", "reference", "2 epochs dense, cut by L1", method="l1"),
-    Variant("dense", "reference", "dense", method="dense"),
-    Variant("dcff", "reference", "DCFF's schedule", method="dcff"),
-    Variant("base", "reference", "base: tau 1 to 2, all mass, rescaled"),
-    Variant("no-fusion", "fusion", "nothing mixed in: the KL score selects", {"fuse": False}),
-    Variant(
-        "slice",
-        "fusion",
-        "no fusion, no score: a slice of the dense initialisation",
-        _SLICE,
-    ),
-    Variant(
-        "slice-lr-2",
-        "fusion",
-        "the slice, learning twice as fast",
-        _SLICE,
-        {"bank_lr": 2.0},
-    ),
-    Variant("no-reselection", "fusion", "the first selection stays", {"reselect": False}),
-    Variant("shuffled-slots", "fusion", "slots not stable", {"stable_slots": False}),
-    Variant("no-rescale", "fusion", "not rescaled", {"rescale": False}),
-    Variant("mass-unimportant", "mass", "mass of unimportant filters only", {"mass": "unimportant"}),
-    Variant("mass-assigned", "mass", "unimportant filters divide themselves", {"mass": "assigned"}),
-    Variant("tau-low", "tau", "tau 0.5 to 2", _tau(0.5, 2.0, 0.6)),
-    Variant("tau-high", "tau", "tau 1.5 to 3", _tau(1.5, 3.0, 0.6)),
-    Variant("tau-short", "tau", "frozen after 1/3", _tau(1.0, 2.0, 1 / 3)),
-    Variant("tau-long", "tau", "never frozen", _tau(1.0, 2.0, 1.0)),
-    Variant("tau-constant", "tau", "tau 1 throughout", _tau(1.0, 1.0, 1.0)),
-    Variant("score-entropy", "score", "score: entropy", {"score": "entropy"}),
-    Variant("score-l1", "score", "score: L1", {"score": "l1"}),
-    Variant("score-order", "score", "score: none, the first m", {"score": "order"}),
-    Variant("cosine", "score", "cosine distance", {"metric": "cosine"}),
-    Variant("gain", "bank", "unit filters with learned gains", {"gain": True}),
-    Variant("learned-mixing", "bank", "P is trained", {"learn_mixing": True}),
-    Variant("bank-2", "bank", "bank twice the layer", {"bank": 2.0}),
-    Variant("orthogonal", "bank", "orthogonal initial bank", {"initial": "orthogonal"}),
-    Variant("bank-lr-2", "bank", "banks learn twice as fast", options={"bank_lr": 2.0}),
-    Variant("bank-lr-4", "bank", "banks learn four times as fast", options={"bank_lr": 4.0}),
-    Variant("bank-lr-half", "bank", "banks learn half as fast", options={"bank_lr": 0.5}),
-    Variant("bank-no-decay", "bank", "banks without weight decay", options={"bank_decay": 0.0}),
-    Variant("collapse", "bank", "banks dropped once P is frozen", options={"collapse": True}),
-    Variant("wide-1", "narrowing", "1 epoch wide, then merged", options={"wide": _SIXTH}),
-    Variant("wide-1-cut", "narrowing", "1 epoch wide, then cut", options={"wide": _SIXTH, "merge": "none"}),
-    Variant(
-        "wide-1-similarity", "narrowing", "1 epoch wide, averaged", options={"wide": _SIXTH, "merge": "similarity"}
-    ),
-    Variant("wide-2", "narrowing", "2 epochs wide, then merged", options={"wide": 2 * _SIXTH}),
-    Variant("wide-2-stages", "narrowing", "2 stages in 2 epochs", options={"wide": 2 * _SIXTH, "stages": 2}),
-    Variant("wide-3-stages", "narrowing", "3 stages in 3 epochs", options={"wide": 3 * _SIXTH, "stages": 3}),
-    Variant("scratch-balanced", "widths", "slim from scratch, balanced widths", method="scratch", filters="balanced"),
-    Variant("base-balanced", "widths", "base, balanced widths", filters="balanced"),
-    Variant("wide-1-budget", "widths", "1 epoch wide, entropy widths", options={"wide": _SIXTH, "widths": "entropy"}),
-    Variant(
-        "wide-2-stages-budget",
-        "widths",
-        "2 stages, entropy widths",
-        options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
-    ),
-    *_PASSING,
-    *_RATES,
-)
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
-
 PLAN: dict[str, tuple[str, ...]] = {
     "resnet20": (*(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "passing")), "passing-fused"),
     "vgg16": (
@@ -252,62 +62,6 @@ PLAN: dict[str, tuple[str, ...]] = {
     "resnet20-45000": (),
 }
 """The variants that are run in each bed, with every seed; in the bed that was given up none any more."""
-
-
-INGREDIENTS: tuple[tuple[str, str, str], ...] = (
-    ("starting as a slice of the dense network", "slice", "scratch"),
-    ("scoring the filters, instead of the first m", "no-fusion", "slice"),
-    ("mixing the others in", "base", "no-fusion"),
-    ("choosing anew as training goes on", "base", "no-reselection"),
-    ("relative entropy as the score, instead of the first m", "base", "score-order"),
-    ("relative entropy, instead of L1", "base", "score-l1"),
-    ("annealing tau, instead of a constant one", "base", "tau-constant"),
-    ("a lower tau, 0.5 to 2", "tau-low", "base"),
-    ("a higher tau, 1.5 to 3", "tau-high", "base"),
-    ("freezing P", "base", "tau-long"),
-    ("freezing P after a third, instead of 60 %", "tau-short", "base"),
-    ("cosine distance, instead of Euclidean", "cosine", "base"),
-    ("entropy as the score, instead of relative entropy", "score-entropy", "base"),
-    ("mass of unimportant filters only", "mass-unimportant", "base"),
-    ("unimportant filters divide themselves", "mass-assigned", "base"),
-    ("rescaling to the kept filters' norm", "base", "no-rescale"),
-    ("stable slots", "base", "shuffled-slots"),
-    ("training P", "learned-mixing", "base"),
-    ("learned gains", "gain", "base"),
-    ("a bank twice the layer", "bank-2", "base"),
-    ("an orthogonal initial bank", "orthogonal", "base"),
-    ("banks that learn twice as fast", "bank-lr-2", "base"),
-    ("banks that learn four times as fast", "bank-lr-4", "base"),
-    ("banks that learn half as fast", "bank-lr-half", "base"),
-    ("twice the learning rate, for the slice alone", "slice-lr-2", "slice"),
-    ("twice the learning rate, for slim from scratch", "scratch-lr-2", "scratch"),
-    ("starting as identities", "dirac", "scratch"),
-    ("branches with norms of their own", "reparam", "scratch"),
-    ("passing the input on, without fusion", "passing", "slice"),
-    ("learned amounts, instead of an identity start alone", "passing", "dirac"),
-    ("passing the input on, with fusion", "passing-fused", "base"),
-    ("choosing by relative entropy, while passing", "passing-selected", "passing"),
-    ("mixing the others in, while passing", "passing-fused", "passing-selected"),
-    ("fusing what is unimportant, while passing", "passing-assigned", "passing-selected"),
-    ("mixing the others in, in learned amounts, while passing", "passing-gated", "passing-selected"),
-    ("fusing by resemblance, instead of at random", "passing-gated-assigned", "passing-gated-shuffled"),
-    ("fusing, while passing the input on", "passing-fused", "passing"),
-    ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
-    ("banks without weight decay", "bank-no-decay", "base"),
-    ("dropping the banks once P is frozen", "collapse", "base"),
-    ("starting wide, for one epoch", "wide-1", "slice"),
-    ("merging what goes, instead of cutting it", "wide-1", "wide-1-cut"),
-    ("merging by least squares, instead of by similarity", "wide-1", "wide-1-similarity"),
-    ("two stages in two epochs, instead of one in one", "wide-2-stages", "wide-1"),
-    ("widths from the entropy budget, one stage", "wide-1-budget", "wide-1"),
-    ("widths from the entropy budget, two stages", "wide-2-stages-budget", "wide-2-stages"),
-    ("balanced widths, with fusion", "base-balanced", "base"),
-    ("balanced widths, from scratch", "scratch-balanced", "scratch"),
-    ("all of it: APBM against slim from scratch", "base", "scratch"),
-    ("all of it, both learning twice as fast", "bank-lr-2", "scratch-lr-2"),
-    ("all of it, at balanced widths", "base-balanced", "scratch-balanced"),
-)
-"""Each ingredient as a pair of variants that differ by it: (what, with it, without it)."""
 
 
 def configs(bed: str, names: Iterable[str], seeds: Iterable[int]) -> dict[tuple[str, int], RunConfig]:

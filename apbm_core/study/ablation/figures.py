@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from apbm_core.study.ablation.design import VARIANTS
+from apbm_core.study.ablation.variants import VARIANTS
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.statistics import CONFIDENCE, PAIRS_FOR_A_VERDICT
 from apbm_core.study.report.style import in_lines

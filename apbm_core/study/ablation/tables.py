@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from apbm_core.study.ablation.design import INGREDIENTS, VARIANTS
+from apbm_core.study.ablation.variants import INGREDIENTS, VARIANTS
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import timed_alike
 from apbm_core.study.report.statistics import Comparison, Noise, judge, pooled_noise

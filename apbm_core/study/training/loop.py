@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apbm_core.errors import CheckpointError, ConfigError, TrainingDiverged
+from apbm_core.errors import ConfigError, TrainingDiverged
 from apbm_core.files import sha256
 from apbm_core.study.data.batches import Augmentation, BatchSource
 from apbm_core.study.data.datasets import DataSplit
@@ -20,8 +20,6 @@ from apbm_core.study.training.device import (
     memory_format,
     peak_memory_bytes,
     pick_device,
-    random_state,
-    restore_random_state,
     seed_everything,
 )
 from apbm_core.study.training.divergence import LossGuard, first_non_finite, non_finite_parameter
@@ -32,6 +30,7 @@ from apbm_core.study.training.meters import Stopwatch, Tally
 from apbm_core.study.training.optimizer import build_optimizer
 from apbm_core.study.training.precision import resolve_precision
 from apbm_core.study.training.recipes import Recipe, learning_rate
+from apbm_core.study.training.state import restore, state_of
 from apbm_core.study.training.stopping import Stopped
 
 _ROW = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "images_per_second")
@@ -119,7 +118,7 @@ def train(
         checkpoint_steps,
     )
     seed_everything(seed)
-    training = _Training(model, split, source, recipe, epochs, device, tuple(hooks), file, course)
+    training = Training(model, split, source, recipe, epochs, device, tuple(hooks), file, course)
     training.stop = stop or training.stop
     with lowered(model, training.lowered):
         while training.context.epoch < epochs:
@@ -127,8 +126,8 @@ def train(
     return training.result()
 
 
-class _Training:
-    """One call of :func:`train`: what it works with, where it stands, and how that is saved."""
+class Training:
+    """One call of :func:`train`: what it works with and where it stands."""
 
     def __init__(
         self,
@@ -169,7 +168,7 @@ class _Training:
         for hook in hooks:
             hook.start(self.context)
         if saved:
-            self.restore(saved)
+            restore(self, saved)
 
     def train_epoch(self, report: Callable[[Context], None]) -> None:
         """The rest of the epoch that the training stands in, up to its checkpoint."""
@@ -191,7 +190,7 @@ class _Training:
                 if is_last or self.file.is_due(context.step):
                     self.raise_if_diverged(images)
                     with self.stopwatch.paused():
-                        self.save()
+                        self.file.save(state_of(self))
                 report(context)
                 if is_last:
                     raise self.stopped()
@@ -205,7 +204,7 @@ class _Training:
         context.history.append(row)
         context.epoch, context.step = context.epoch + 1, 0
         self.peak_memory = max(self.peak_memory, peak_memory_bytes(self.device))
-        self.save()
+        self.file.save(state_of(self))
         report(context)
         if context.epoch < context.epochs and self.stop():
             raise self.stopped()
@@ -290,59 +289,6 @@ class _Training:
             f"0), at learning rate {context.optimizer.param_groups[0]['lr']:.4g}: the first value that is not finite "
             f"is in {where}. {remedy}{kept}"
         )
-
-    def save(self) -> None:
-        """Write all that the steps to come depend on, and the totals so far."""
-        context = self.context
-        self.file.save(
-            {
-                "precision": self.precision,
-                "channels_last": self.channels_last,
-                "lowered": self.lowered,
-                "epoch": context.epoch,
-                "step": context.step,
-                "history": context.history,
-                "seconds": self.stopwatch.seconds,
-                "epoch_started": self.epoch_started,
-                "evaluation_seconds": self.evaluation_seconds,
-                "images": self.images,
-                "peak_memory": self.peak_memory,
-                "tally": self.tally.state_dict(),
-                "model": self.model.state_dict(),
-                "evaluation_mode": [name for name, module in self.model.named_modules() if not module.training],
-                "optimizer": context.optimizer.state_dict(),
-                "hooks": [(type(hook).__name__, hook.state_dict()) for hook in self.hooks],
-                "random": random_state(self.device),
-            }
-        )
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Undo :meth:`save`."""
-        context, path = self.context, self.file.path
-        before, now = [name for name, _ in saved["hooks"]], [type(hook).__name__ for hook in self.hooks]
-        if before != now:
-            raise CheckpointError(
-                f"{path} was written with the hooks {before}, this training has {now}. Use the same ones, or delete it "
-                "to start this phase again."
-            )
-        try:
-            self.model.load_state_dict(saved["model"])
-            context.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} does not fit this network: {error}\n"
-                "Build the same one, or delete it to start this phase again."
-            ) from error
-        for name, module in self.model.named_modules():
-            module.training = name not in saved["evaluation_mode"]
-        for hook, (_, state) in zip(self.hooks, saved["hooks"], strict=True):
-            hook.load_state_dict(state)
-        context.epoch, context.step, context.history = saved["epoch"], saved["step"], saved["history"]
-        self.stopwatch = Stopwatch(self.device, saved["seconds"])
-        self.epoch_started, self.evaluation_seconds = saved["epoch_started"], saved["evaluation_seconds"]
-        self.images, self.peak_memory = saved["images"], saved["peak_memory"]
-        self.tally.load_state_dict(saved["tally"])
-        restore_random_state(saved["random"], self.device)
 
     def result(self) -> TrainingResult:
         """The totals of a finished training."""

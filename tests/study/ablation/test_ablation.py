@@ -11,6 +11,7 @@ from scipy import stats
 from apbm_core.errors import ConfigError
 from apbm_core.study.ablation import __main__ as command
 from apbm_core.study.ablation import design, figures, tables
+from apbm_core.study.ablation.variants import BASE, INGREDIENTS, VARIANTS
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.profiles import lay_over, load_profile
@@ -20,14 +21,14 @@ from apbm_core.study.records import PUBLISHED, PhaseRecord, RunRecord
 
 def test_every_variant_is_a_different_run_on_every_bed():
     for bed in design.BEDS:
-        runs = design.configs(bed, design.VARIANTS, [10, 11])
-        assert len({run.id for run in runs.values()}) == 2 * len(design.VARIANTS)
+        runs = design.configs(bed, VARIANTS, [10, 11])
+        assert len({run.id for run in runs.values()}) == 2 * len(VARIANTS)
         assert all(run.split == "tuning" and run.seed not in (0, 1, 2) for run in runs.values())
 
 
 def test_base_spells_out_every_option():
     """A new option must be added to BASE, or the recorded base would silently become another configuration."""
-    assert Options.model_validate(design.BASE).model_dump(mode="json") == design.BASE
+    assert Options.model_validate(BASE).model_dump(mode="json") == BASE
 
 
 def test_a_variant_changes_only_what_it_names():
@@ -122,7 +123,7 @@ def test_an_unknown_variant_or_bed_is_named(capsys):
 
 
 def test_ingredients_are_pairs_of_variants_and_differ_in_what_they_name():
-    for _, on, off in design.INGREDIENTS:
+    for _, on, off in INGREDIENTS:
         with_it, without = design.configs("resnet20", [on, off], [10]).values()
         assert with_it.id != without.id
     accuracies = {("base", 10): 0.71, ("base", 11): 0.72, ("base", 12): 0.73, ("base", 13): 0.9}

@@ -62,7 +62,7 @@ def method_hooks(name: str, model: nn.Module):
 @contextlib.contextmanager
 def training_of(
     name: str, device: torch.device, images: int = 40, precision: str = "float32", is_fake: bool = False
-) -> Iterator[loop._Training]:
+) -> Iterator[loop.Training]:
     """A training as :func:`loop.train` sets it up, not begun; a fake one's tensors move to a card that is not there."""
     split = split_of(images)
     recipe = get_recipe("fast", batch_size=5, precision=precision, channels_last=True, lowering="off")
@@ -71,7 +71,7 @@ def training_of(
         augmentation = loop.Augmentation(padding=recipe.padding, crop=recipe.crop, flip=recipe.flip)
         source = loop.BatchSource(split.train, split.mean, split.std, recipe.batch_size, device, augmentation, 0)
         file = CheckpointFile(None, "", 60.0)
-        yield loop._Training(model, split, source, recipe, 2, device, tuple(hooks), file, (0.0, 1.0))
+        yield loop.Training(model, split, source, recipe, 2, device, tuple(hooks), file, (0.0, 1.0))
 
 
 METHODS = ["scratch", "apbm", "swp", "polarization"]
