@@ -5,7 +5,7 @@ what cannot be shown to be right is left alone, and the reason kept.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from apbm_core import proof
 from apbm_core.copies import computes_its_weights, copy_of, has_own_forward, ordinary_copy, takes_computed_weight
+from apbm_core.cuts import Cuts, cuts_of, fill, tag
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import (
     call,
@@ -27,7 +28,6 @@ from apbm_core.forward import (
 )
 from apbm_core.fusion import fused_layers
 from apbm_core.groups import LAYERS, Group, find_groups, removes_outputs
-from apbm_core.proof import Cuts
 
 
 class Anatomy:
@@ -125,12 +125,8 @@ class Anatomy:
     def _cut(self, keep: Mapping[Group, Tensor], traced: tuple | None = None) -> tuple[nn.Module, Cuts]:
         twin, graph = traced or self._trace()
         modules = dict(twin.named_modules())
-        shapes = {}
         # torch-pruning works through the groups one by one; tags in place of the values remember what came from where.
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            shapes[name] = tensor.shape
-            if tensor.is_floating_point():
-                tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+        shapes = tag(twin)
         instance_norms = [m for m in modules.values() if isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels]
         for group, kept in keep.items():
             gone = torch.ones(group.units, dtype=torch.bool)
@@ -145,16 +141,12 @@ class Anatomy:
                 ) from error
         for norm in instance_norms:
             norm.num_groups = norm.num_channels
-        cuts = {}
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            if tensor.shape != shapes[name]:
-                cuts[name] = _left(tensor.detach(), shapes[name])
-        return twin, cuts
+        return twin, cuts_of(twin, shapes)
 
     def _mistake(self, small: nn.Module, cuts: Cuts) -> str | None:
         """What is wrong with a cut network, or None; it is given the network's own weights in the end."""
         try:
-            _fill(small, self._dense, cuts)
+            fill(small, self._dense, cuts)
             off = proof.difference(self._dense, small, cuts, self._batches)
         except Exception as error:
             return (
@@ -165,7 +157,7 @@ class Anatomy:
             return "without some filters the network returns other shapes, or nothing finite"
         if off > proof.TOLERANCE.get(dtype, 1e-2):
             return f"without some filters the network computes something else (difference {off:.1e})"
-        _fill(small, self._plain, cuts)
+        fill(small, self._plain, cuts)
         own = dict(self.model.named_modules())
         for name, module in small.named_modules():
             module.training = own[name].training if name in own else module.training
@@ -252,46 +244,6 @@ def trace_dependencies(model: nn.Module, inputs: Any) -> torch_pruning.Dependenc
     finally:
         for parameter, trained in flags:
             parameter.requires_grad_(trained)
-
-
-def _left(tags: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, ...]:
-    """For each dimension of a tagged tensor that was cut from ``shape``: the indices left; None where all are."""
-    left = []
-    strides = torch.empty(tuple(shape), device="meta").stride()
-    for dim, size in enumerate(shape):
-        if tags.shape[dim] == size:
-            left.append(None)
-            continue
-        line = tags[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))]
-        left.append((line.long() // strides[dim]) % size)
-    return tuple(left)
-
-
-def kept_of(value: Tensor, cut: Sequence[Tensor | None]) -> Tensor:
-    """The part of a parameter that a surgery left."""
-    for dim, indices in enumerate(cut):
-        if indices is not None:
-            value = value[(slice(None),) * dim + (indices.to(value.device),)]
-    return value
-
-
-def _fill(small: nn.Module, dense: nn.Module, cuts: Cuts) -> None:
-    """Give a cut network the values that are left of the dense one's."""
-    values = dict(dense.named_parameters(remove_duplicate=False)) | dict(dense.named_buffers(remove_duplicate=False))
-    made: dict[int, Tensor] = {}  # what is shared stays shared
-    for name, module in small.named_modules():
-        prefix = f"{name}." if name else ""
-        for kind in (module._parameters, module._buffers):
-            for key, old in kind.items():
-                value = values.get(prefix + key)
-                if old is None or value is None:
-                    continue
-                cut = cuts.get(prefix + key)
-                if id(value) not in made:
-                    new = value.detach().clone() if cut is None else kept_of(value.detach(), cut)
-                    is_parameter = isinstance(old, nn.Parameter)
-                    made[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if is_parameter else new
-                kind[key] = made[id(value)]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from apbm_core.anatomy import Anatomy, kept_of
+from apbm_core.anatomy import Anatomy
 from apbm_core.copies import is_parametrized_by, plain_copy
+from apbm_core.cuts import kept_of
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import refuse_wrapped
 from apbm_core.fusion import (

@@ -6,7 +6,6 @@ counterpart does, on the channels it kept, and puts zeros where the others were;
 written, on the dense network's channels. If the surgery followed a channel wrongly, the two networks disagree.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from apbm_core.copies import copy_of
+from apbm_core.cuts import Cuts
 from apbm_core.forward import call, evaluation_mode, tensors_in
 from apbm_core.groups import LAYERS
 
@@ -29,9 +29,6 @@ _WITH_CHANNELS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
-
-Cuts = Mapping[str, tuple[Tensor | None, ...]]
-"""Parameter or buffer -> for each of its dimensions the indices that are left, or None for all."""
 
 
 def with_random_weights(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[Any]]:
