@@ -17,17 +17,17 @@ training starts from scratch and takes two thirds of the epochs, as Polarization
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from apbm_core.study.methods.target import followers, keep_globally, parameter_target
-from apbm_core.study.methods.task import Course, Task, target_of
+from apbm_core.study.methods.ranking import cut_globally
+from apbm_core.study.methods.target import needed_parameter_target
+from apbm_core.study.methods.task import Course, Task
+from apbm_core.study.networks.chains import followers
 from apbm_core.study.networks.models import prunable_convs
 from apbm_core.study.training.hooks import Context, Hook
-from apbm_core.surgery import slim
 
 LABEL = "DepGraph"
 SUMMARY = "torch-pruning's group-norm pruner with its own sparse training; its widths are its own"
@@ -99,22 +99,14 @@ def importances(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
 
 def prune(task: Task) -> nn.Module:
     """Sparse training, which all targets share, the cut at one threshold over all groups, fine-tuning."""
-    target_of(task.config)
-    target, options, epochs = parameter_target(task.config), task.options, task.config.epochs
+    needed_parameter_target(task.config)  # before anything is trained
+    options, epochs = task.options, task.config.epochs
     layers, sparse_epochs = prunable_convs(task.model_name), max(1, round(_SPARSE_SHARE * epochs))
     before, after = task.courses(options.course, sparse_epochs)
     model = task.build()
     hook = GroupSparsity(layers, options.strength)
     settings = {"strength": options.strength}
     task.train_shared("sparse", model, sparse_epochs, [hook], {"weight_decay": 0.0}, before, settings)
-
-    def choose() -> dict[str, Any]:
-        keep, threshold, at_minimum = keep_globally(task.costs, importances(model, layers), target, options.minimum)
-        return {"keep": keep, "facts": {"threshold": threshold, "layers_at_minimum": at_minimum}}
-
-    choice = task.remember("score", choose)
-    for key, value in choice["facts"].items():
-        task.note(key, value)
-    small = slim(model, task.example_inputs, choice["keep"])
+    small = cut_globally(task, model, lambda: importances(model, layers), options.minimum)
     task.train("finetune", small, epochs - sparse_epochs, course=after)
     return small

@@ -5,16 +5,15 @@ The L1 norm of a filter grows with its number of weights, which says nothing of 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from apbm_core.study.methods import l1
-from apbm_core.study.methods.target import keep_globally, parameter_target
-from apbm_core.study.methods.task import Course, Task, target_of
+from apbm_core.study.methods.ranking import cut_globally
+from apbm_core.study.methods.target import needed_parameter_target
+from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.models import prunable_convs
-from apbm_core.surgery import slim
 
 LABEL = "global L1"
 SUMMARY = "filters of the smallest L1 norm over all layers go, so that the layers' widths are its own"
@@ -42,19 +41,10 @@ def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None
 
 def prune(task: Task) -> nn.Module:
     """Pre-train the dense network, cut at one threshold over all layers, fine-tune."""
-    target_of(task.config)
-    target, options = parameter_target(task.config), task.options
+    needed_parameter_target(task.config)  # before anything is trained
+    options, layers = task.options, prunable_convs(task.model_name)
     before, after = task.courses(options.course, task.pretrain_epochs)
     model = task.pretrained(before)
-
-    def choose() -> dict[str, Any]:
-        found = scores(model, prunable_convs(task.model_name))
-        keep, threshold, at_minimum = keep_globally(task.costs, found, target, options.minimum)
-        return {"keep": keep, "facts": {"threshold": threshold, "layers_at_minimum": at_minimum}}
-
-    choice = task.remember("score", choose)
-    for key, value in choice["facts"].items():
-        task.note(key, value)
-    small = slim(model, task.example_inputs, choice["keep"])
+    small = cut_globally(task, model, lambda: scores(model, layers), options.minimum)
     task.train("finetune", small, task.finetune_epochs, course=after)
     return small

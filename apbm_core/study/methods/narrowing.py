@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from apbm_core import similarity
 from apbm_core.forward import evaluation_mode
 from apbm_core.fusion import FusionSettings
-from apbm_core.study.methods.target import Followers, followers
 from apbm_core.study.methods.variants import Metric, distances
+from apbm_core.study.networks.chains import Followers, followers
 from apbm_core.surgery import slim
 
 _RIDGE = 1e-3  # of the activations' mean square: as much as a kept channel may lean on another that is almost its copy

@@ -17,22 +17,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from apbm_core.costs import CostTable
-from apbm_core.study.methods.target import (
-    StrengthFor,
-    bisect_setting,
-    fold_constants,
-    followers,
-    keep_globally,
-    parameter_target,
-    scaled_to_budget,
-)
-from apbm_core.study.methods.task import Course, Task
+from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, start_norms, strength_in, train_sparsely
+from apbm_core.study.methods.target import keep_globally, parameter_target
+from apbm_core.study.methods.task import Task
+from apbm_core.study.networks.chains import fold_constants, followers, norms_behind
 from apbm_core.study.networks.models import prunable_convs
-from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
 from apbm_core.surgery import slim
 
@@ -58,10 +51,8 @@ _PUBLISHED_EPOCHS = 200
 # published: 0.01 in epoch 0 of 200, then 0.1, x0.2 at 60, 120 and 160
 
 
-class Options(BaseModel):
+class Options(SparseOptions):
     """Polarization's settings; where None, the published value for the network's family."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     strength: float | None = Field(
         None,
@@ -73,21 +64,9 @@ class Options(BaseModel):
     reach: Literal["global-threshold", "search"] = Field(
         "global-threshold",
         description="how a parameter target is met: by one threshold over all layers, or by trying settings of"
-        " lambda and t and cutting in the valleys (expensive: the trials come on top of the run's epochs)",
+        " lambda, two of t after them, and cutting in the valleys (expensive: they come on top of the run's epochs)",
     )
     minimum: int = Field(2, ge=1, description="filters that a layer keeps, whatever their scales")
-    trials: int = Field(6, ge=1, description="search: settings of lambda to try, two more of t after them")
-    trial_epochs: int = Field(1, ge=1, description="search: length of each trial training")
-    strength_for: StrengthFor = added(
-        "published",
-        if_absent="published",
-        description="whether lambda acts as strongly a step as published, or over the whole of this shorter training",
-    )
-    course: Course = added(
-        "restart",
-        if_absent="restart",
-        description="whether fine-tuning starts the learning rate's course anew or goes on with the sparse training's",
-    )
 
 
 def regulariser(scales: Sequence[Tensor], t: float) -> Tensor:
@@ -127,14 +106,6 @@ def sparse_norms(model: nn.Module, prunable: Sequence[str]) -> list[str]:
     homes = {name.rpartition(".")[0] for name in prunable}
     named = model.named_modules()
     return [n for n, module in named if isinstance(module, nn.BatchNorm2d) and n.rpartition(".")[0] in homes]
-
-
-@torch.no_grad()
-def start_scales(model: nn.Module) -> nn.Module:
-    """Set every BatchNorm scale to 0.5, in place; returns ``model``."""
-    for norm in _norms(model):
-        norm.weight.fill_(START)
-    return model
 
 
 def first_valley(scales: Tensor) -> float | None:
@@ -189,7 +160,7 @@ def remove_filters(model: nn.Module, example_inputs: Tensor, keep: Mapping[str, 
 
     BatchNorm makes a channel's pre-activation about normal with mean beta and deviation gamma, so behind the ReLU its
     mean is beta Phi(beta / gamma) + gamma phi(beta / gamma): relu(beta) at gamma = 0, where the channel is constant and
-    :func:`target.fold_constants` exact (but for zero padding). ``model`` is changed by the fold.
+    :func:`~apbm_core.study.networks.chains.fold_constants` exact (but for zero padding). ``model`` is changed.
     """
     constants = {}
     for name, chain in followers(model, keep).items():
@@ -221,18 +192,12 @@ def prune(task: Task) -> nn.Module:
         strength, t = _search(task, target, sparse_recipe)
 
     before, after = task.courses(options.course, sparse_epochs)
-    if options.strength_for == "budget":
-        published = task.recipe(_SPARSE_RECIPE), _PUBLISHED_EPOCHS
-        given = task.recipe(sparse_recipe), sparse_epochs
-        strength = scaled_to_budget(strength, published, given, len(task.split.train), before)
-    model = start_scales(task.build())
+    published = _SPARSE_RECIPE, _PUBLISHED_EPOCHS
+    strength = strength_in(task, strength, published, (sparse_recipe, sparse_epochs), before)
+    model = start_norms(task.build(), START)
     convs = prunable_convs(task.model_name)
-    hooks = [Polarizer(sparse_norms(model, convs), strength, t)]
-    if any(phase.epochs for phase in task.phases):  # lambda was searched for: this training is the target's own
-        task.train("sparse", model, sparse_epochs, hooks, sparse_recipe, before)
-    else:
-        settings = {"strength": strength, "t": t}
-        task.train_shared("sparse", model, sparse_epochs, hooks, sparse_recipe, before, settings)
+    hook = Polarizer(sparse_norms(model, convs), strength, t)
+    train_sparsely(task, model, sparse_epochs, hook, sparse_recipe, before, {"strength": strength, "t": t})
 
     def choose() -> dict[str, Any]:
         scales = _prunable_scales(model, convs)
@@ -244,9 +209,9 @@ def prune(task: Task) -> nn.Module:
             facts["target_deviation"] = _removed(task.costs, keep) - target
         return {"keep": keep, "facts": facts}
 
-    choice = task.remember("score", choose)
-    for key, value in ({"strength": strength, "t": t} | choice["facts"]).items():
-        task.note(key, value)
+    task.note("strength", strength)
+    task.note("t", t)
+    choice = task.choose(choose)
     small = remove_filters(model, task.example_inputs, choice["keep"])
     if tuning_epochs:
         tuning_recipe = _SPARSE_RECIPE | {"lr": tuning_rate, "warmup": 0.0} if is_published else None
@@ -260,7 +225,7 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> tuple[f
     convs = prunable_convs(task.model_name)
 
     def removed(trial: int, strength: float, t: float = _SEARCH_T) -> float:
-        model = start_scales(task.build())
+        model = start_norms(task.build(), START)
         hook = Polarizer(sparse_norms(model, convs), strength, t)
         task.train(f"search-{trial + 1}", model, options.trial_epochs, hooks=[hook], recipe_overrides=recipe)
         keep, _ = cut_in_valleys(_prunable_scales(model, convs), options.minimum)
@@ -281,7 +246,7 @@ def _published_settings(model_name: str, options: Options) -> tuple[float, float
 
 
 def _prunable_scales(model: nn.Module, convs: Sequence[str]) -> dict[str, Tensor]:
-    return {name: model.get_submodule(chain.norm).weight for name, chain in followers(model, convs).items()}
+    return {name: norm.weight for name, norm in norms_behind(model, convs).items()}
 
 
 def _removed(costs: CostTable, keep: Mapping[str, Sequence[int]]) -> float:

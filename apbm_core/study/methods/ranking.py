@@ -1,9 +1,11 @@
-"""The flow that all criteria on a trained network share: pre-train, score, cut, fine-tune."""
+"""The flow that criteria on a trained network share: pre-train, score, cut, fine-tune."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from apbm_core.study.methods.target import keep_globally, needed_parameter_target
 from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.layers import keep_largest
 from apbm_core.surgery import slim
@@ -39,3 +41,24 @@ def cut_by(
         return {name: keep_largest(found[name], task.widths[name], name).tolist() for name in layers}
 
     return slim(model, task.example_inputs, task.remember(phase, score))
+
+
+def cut_globally(task: Task, model: nn.Module, scores: Callable[[], Mapping[str, Tensor]], minimum: int) -> nn.Module:
+    """``model`` with the best-scored filters of all layers together, as many as meet the run's target of parameters.
+
+    Args:
+        task: the run.
+        model: its dense network.
+        scores: gives convolution -> (n,), comparable between layers; larger = keep.
+        minimum: filters that a layer keeps.
+
+    Raises:
+        ConfigError: the run has no target of parameters, or it is out of reach.
+    """
+    target = needed_parameter_target(task.config)
+
+    def choose() -> dict[str, Any]:
+        keep, threshold, at_minimum = keep_globally(task.costs, scores(), target, minimum)
+        return {"keep": keep, "facts": {"threshold": threshold, "layers_at_minimum": at_minimum}}
+
+    return slim(model, task.example_inputs, task.choose(choose)["keep"])

@@ -18,21 +18,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apbm_core.costs import CostTable
-from apbm_core.study.methods.target import (
-    StrengthFor,
-    bisect_setting,
-    cut_to_target,
-    fold_constants,
-    followers,
-    parameter_target,
-    scaled_to_budget,
-)
-from apbm_core.study.methods.task import Course, Task
+from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, start_norms, strength_in, train_sparsely
+from apbm_core.study.methods.target import cut_to_target, parameter_target
+from apbm_core.study.methods.task import Task
+from apbm_core.study.networks.chains import fold_constants, norms_behind
 from apbm_core.study.networks.models import prunable_convs
 from apbm_core.study.networks.stripes import (
     FilterSkeleton,
@@ -62,10 +56,8 @@ _PUBLISHED_RECIPE = {
 }  # fmt: skip
 
 
-class Options(BaseModel):
+class Options(SparseOptions):
     """SWP's settings, the published ones by default, and the ways to a target, which are ours."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     alpha: float = Field(1e-5, ge=0, description="strength of the pull of every skeleton entry towards 0")
     delta: float = Field(0.01, ge=0, description="stripes whose skeleton entry falls to this or below are dead")
@@ -86,23 +78,11 @@ class Options(BaseModel):
         description="share of the epochs after which the final delta cuts and the stripes are fixed; 1 is after all of"
         " them. None: 2/3, but 1 on the published schedule",
     )
-    trials: int = Field(6, ge=1, description="search for alpha: settings to try")
-    trial_epochs: int = Field(1, ge=1, description="search for alpha: length of each trial training")
-    strength_for: StrengthFor = added(
-        "published",
-        if_absent="published",
-        description="whether alpha acts as strongly a step as published, or over the whole of this shorter training",
-    )
     norm_start: float = added(
         1.0,
         if_absent=1.0,
         gt=0,
         description="where the BatchNorm scales start; 0.5 in the authors' code, which the paper does not mention",
-    )
-    course: Course = added(
-        "restart",
-        if_absent="restart",
-        description="whether the learning rate starts its course anew after the cut or goes on with it",
     )
 
 
@@ -119,7 +99,7 @@ class FixedStripes(Hook):
         self.layers: list[tuple[FilterSkeleton, nn.BatchNorm2d | None]] = []
 
     def start(self, context: Context) -> None:
-        norms = _norms(context.model, self.prunable)
+        norms = norms_behind(context.model, self.prunable)
         self.layers = [(layer, norms.get(name)) for name, _, layer in skeleton_layers(context.model)]
 
     @torch.no_grad()
@@ -200,7 +180,7 @@ def count_striped(costs: CostTable, masks: Mapping[str, Tensor]) -> int:
 @torch.no_grad()
 def cut(model: nn.Module, example_inputs: Tensor, prunable: Sequence[str], masks: Mapping[str, Tensor]) -> None:
     """Kill the stripes outside ``masks``, in place; what a dead filter's norm still put out is folded forward."""
-    norms, constants = _norms(model, prunable), {}
+    norms, constants = norms_behind(model, prunable), {}
     for name, conv, layer in skeleton_layers(model):
         layer.set_mask(masks[name].to(layer.mask.device))
         if name in norms:
@@ -227,19 +207,14 @@ def prune(task: Task) -> nn.Module:
     cut_at = (options.cut_at or (1.0 if is_published else _CUT_AT)) if is_cut else 1.0
     shrinking_epochs = min(max(1, round(cut_at * epochs)), epochs)
     before, after = task.courses(options.course, shrinking_epochs)
-    if options.strength_for == "budget":
-        published = task.recipe(_PUBLISHED_RECIPE), _PUBLISHED_EPOCHS
-        given = task.recipe(recipe), shrinking_epochs
-        alpha = scaled_to_budget(alpha, published, given, len(task.split.train), before)
+    published = _PUBLISHED_RECIPE, _PUBLISHED_EPOCHS
+    alpha = strength_in(task, alpha, published, (recipe, shrinking_epochs), before)
     model = add_skeletons(start_norms(task.build(), options.norm_start))
-    hooks = [ShrinkSkeletons(prunable, alpha, options.delta)]
-    if any(phase.epochs for phase in task.phases):  # alpha was searched for: this training is the target's own
-        task.train("sparse", model, shrinking_epochs, hooks, recipe, before)
-    else:
-        settings = {"alpha": alpha, "delta": options.delta}
-        if options.norm_start != 1:
-            settings["norm_start"] = options.norm_start
-        task.train_shared("sparse", model, shrinking_epochs, hooks, recipe, before, settings)
+    settings = {"alpha": alpha, "delta": options.delta}
+    if options.norm_start != 1:
+        settings["norm_start"] = options.norm_start
+    hook = ShrinkSkeletons(prunable, alpha, options.delta)
+    train_sparsely(task, model, shrinking_epochs, hook, recipe, before, settings)
 
     def choose() -> dict[str, Any]:
         facts = {"alpha": alpha, "delta": options.delta, "skeleton_std": _skeleton_std(model)}
@@ -253,23 +228,12 @@ def prune(task: Task) -> nn.Module:
             facts["target_deviation"] = _removed(task.costs, masks) - target
         return {"masks": {name: pack_mask(mask) for name, mask in masks.items()}, "facts": facts}
 
-    choice = task.remember("score", choose)
-    for key, value in choice["facts"].items():
-        task.note(key, value)
+    choice = task.choose(choose)
     shapes = {name: layer.mask.shape for name, _, layer in skeleton_layers(model)}
     masks = {name: unpack_mask(digits, shapes[name]) for name, digits in choice["masks"].items()}
     cut(model, task.example_inputs, prunable, masks)
     task.train("finetune", model, epochs - shrinking_epochs, [FixedStripes(prunable)], recipe, after)
     return to_stripes(without_skeletons(model), task.example_inputs, masks)
-
-
-@torch.no_grad()
-def start_norms(model: nn.Module, start: float) -> nn.Module:
-    """Set every BatchNorm scale to ``start``, in place; returns ``model``."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.fill_(start)
-    return model
 
 
 def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> float:
@@ -289,10 +253,6 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> float:
 
 def _removed(costs: CostTable, masks: Mapping[str, Tensor]) -> float:
     return 1 - count_striped(costs, masks) / costs.parameters()
-
-
-def _norms(model: nn.Module, prunable: Sequence[str]) -> dict[str, nn.BatchNorm2d]:
-    return {name: model.get_submodule(chain.norm) for name, chain in followers(model, prunable).items()}
 
 
 def _silence(norm: nn.BatchNorm2d, layer: FilterSkeleton) -> None:

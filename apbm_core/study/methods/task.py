@@ -5,8 +5,6 @@ again from its top: a phase that had finished hands back its result at once, the
 its checkpoint. So whatever happens between phases must be deterministic, or wrapped in :meth:`Task.remember`.
 """
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +15,10 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from apbm_core.costs import CostTable
-from apbm_core.errors import CheckpointError, ConfigError
-from apbm_core.files import sha256, write_atomically
+from apbm_core.errors import ConfigError
+from apbm_core.files import sha256
 from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.methods.memory import remembered
 from apbm_core.study.networks.models import build_model, cost_table, dense_widths, prunable_convs
 from apbm_core.study.networks.widths import PUBLISHED_WIDTHS, SOLVERS, solve_model_widths
 from apbm_core.study.records import PhaseRecord, ResultsFolder, RunConfig, canonical_json
@@ -235,24 +234,16 @@ class Task:
         Raises:
             CheckpointError: what an interrupted run left is damaged.
         """
-        path = self._folder / f"{name}.json"
-        if path.exists():
-            try:
-                content = json.loads(path.read_text())
-                checksum, value, seconds = content.pop("checksum"), content["value"], content["seconds"]
-                if checksum != sha256(canonical_json(content).encode()):
-                    raise ValueError("its checksum does not match")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); delete it, and it is computed again.") from None
-        else:
-            start = time.perf_counter()
-            value = function()
-            seconds = time.perf_counter() - start
-            content = json.loads(json.dumps({"value": value, "seconds": seconds}))  # as it will be read again
-            value = content["value"]
-            write_atomically(path, json.dumps(content | {"checksum": sha256(canonical_json(content).encode())}))
+        value, seconds = remembered(self._folder / f"{name}.json", function)
         self.phases.append(PhaseRecord(name=name, seconds=seconds))
         return value
+
+    def choose(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``function`` chooses, remembered as the phase "score"; the facts it gives as ``"facts"`` are noted."""
+        choice = self.remember("score", function)
+        for key, value in choice["facts"].items():
+            self.note(key, value)
+        return choice
 
     def note(self, key: str, value: Any) -> None:
         """Put a fact about this run into its record."""
@@ -303,14 +294,3 @@ class Task:
             "lowered_layers": list(result.lowered),
             "peak_memory_bytes": max(result.peak_memory_bytes, self.training_facts.get("peak_memory_bytes", 0)),
         }
-
-
-def target_of(config: RunConfig) -> float:
-    """The share to remove; for methods that cannot do without.
-
-    Raises:
-        ConfigError: the run has none.
-    """
-    if config.target == 0:
-        raise ConfigError(f"method {config.method!r} needs a target above 0: the share of the parameters to remove.")
-    return config.target

@@ -19,7 +19,7 @@ from apbm_core.study.methods.narrowing import (
     narrow,
     stage_widths,
 )
-from apbm_core.study.methods.target import followers
+from apbm_core.study.networks.chains import followers
 from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.temperature import AnnealedTau
 

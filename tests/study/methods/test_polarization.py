@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from apbm_core.counting import count_parameters
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.study.methods.polarization import (
+    START,
     Options,
     Polarizer,
     cut_at_global_threshold,
@@ -22,9 +23,10 @@ from apbm_core.study.methods.polarization import (
     remove_filters,
     sparse_norms,
     split_epochs,
-    start_scales,
 )
-from apbm_core.study.methods.target import bisect_setting, cut_to_target, fold_constants, followers
+from apbm_core.study.methods.sparse import bisect_setting, start_norms
+from apbm_core.study.methods.target import cut_to_target
+from apbm_core.study.networks.chains import fold_constants, followers
 from apbm_core.study.networks.models import build_model, cost_table, dense_widths, prunable_convs
 from apbm_core.study.training.hooks import Context
 from apbm_core.surgery import slim
@@ -77,7 +79,7 @@ def test_mean_is_global_and_its_gradient_flows():
 
 
 def test_hook_adds_to_the_loss_and_clamps_every_scale():
-    model = start_scales(build_model("resnet20"))
+    model = start_norms(build_model("resnet20"), START)
     norms = sparse_norms(model, prunable_convs("resnet20"))
     assert len(norms) == 18 and "norm1" not in norms  # both of nine blocks, not the stem's
     assert len(sparse_norms(build_model("vgg16"), prunable_convs("vgg16"))) == 13
@@ -153,7 +155,7 @@ def test_followers_refuses_other_networks():
 @pytest.mark.parametrize(("name", "targets"), [("vgg16", [0.5, 0.9274]), ("resnet56", [0.2, 0.4884, 0.75])])
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_global_threshold_meets_the_target(name, targets, is_trained):
-    model = perturbed(name) if is_trained else start_scales(build_model(name))
+    model = perturbed(name) if is_trained else start_norms(build_model(name), START)
     dense = count_parameters(model)
     for target in targets:
         keep, facts = cut_at_global_threshold(cost_table(name), scales_of(model, name), target, minimum=2)

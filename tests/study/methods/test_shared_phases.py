@@ -8,7 +8,7 @@ from apbm_core.errors import ConfigError
 from apbm_core.study.methods import get_method
 from apbm_core.study.methods import polarization as polarization_module
 from apbm_core.study.methods import swp as swp_module
-from apbm_core.study.methods.target import scaled_to_budget, total_rate
+from apbm_core.study.methods.sparse import scaled_to_budget, total_rate
 from apbm_core.study.methods.task import Task
 from apbm_core.study.training.recipes import get_recipe, learning_rate
 
