@@ -46,7 +46,10 @@ BEDS: dict[str, dict[str, Any]] = {
 """Where the variants are compared: parameters of a study, all of them with ``split = "tuning"``."""
 
 PLAN: dict[str, tuple[str, ...]] = {
-    "resnet20": (*(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "passing")), "passing-fused"),
+    "resnet20": (
+        *(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "passing", "average")),
+        "passing-fused",
+    ),
     "vgg16": (
         "scratch",
         "scratch-lr-2",

@@ -96,6 +96,26 @@ _RATES = (
     ),
 )
 
+# Averaged weights, for everybody alike: airbench's decay.
+_AVERAGED = {"lookahead": 0.95}
+_LOOKAHEAD = (
+    Variant("scratch-lookahead", "average", "slim from scratch, averaged weights", method="scratch", recipe=_AVERAGED),
+    Variant(
+        "dirac-lookahead",
+        "average",
+        "slim from scratch, identity start, averaged weights",
+        method="dirac",
+        recipe=_AVERAGED,
+    ),
+    Variant(
+        "passing-lookahead",
+        "average",
+        "passing and fused, averaged weights",
+        options={"passing": True},
+        recipe=_AVERAGED,
+    ),
+)
+
 # Filters that are their own input channel plus what is learned or fused, and the controls of the same start.
 _PASSING = (
     Variant("dirac", "passing", "slim from scratch, identity start", method="dirac"),
@@ -190,6 +210,7 @@ _ALL = (
         options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
     ),
     *_PASSING,
+    *_LOOKAHEAD,
     *_RATES,
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
@@ -233,6 +254,10 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("fusing by resemblance, instead of at random", "passing-gated-assigned", "passing-gated-shuffled"),
     ("fusing, while passing the input on", "passing-fused", "passing"),
     ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
+    ("averaged weights, from scratch", "scratch-lookahead", "scratch"),
+    ("averaged weights, starting as identities", "dirac-lookahead", "dirac"),
+    ("averaged weights, passing and fused", "passing-lookahead", "passing-fused"),
+    ("all of it with averaged weights, both", "passing-lookahead", "scratch-lookahead"),
     ("banks without weight decay", "bank-no-decay", "base"),
     ("dropping the banks once P is frozen", "collapse", "base"),
     ("starting wide, for one epoch", "wide-1", "slice"),

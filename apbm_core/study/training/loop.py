@@ -13,6 +13,7 @@ from apbm_core.errors import ConfigError, TrainingDiverged
 from apbm_core.files import sha256
 from apbm_core.study.data.batches import Augmentation, BatchSource
 from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.training.averaging import Lookahead
 from apbm_core.study.training.checkpoint import CheckpointFile
 from apbm_core.study.training.device import (
     CompiledForward,
@@ -142,6 +143,8 @@ class Training:
         course: tuple[float, float],
     ):
         self.model, self.split, self.source, self.recipe = model, split, source, recipe
+        if recipe.lookahead:
+            hooks = (*hooks, Lookahead(recipe.lookahead))  # last: it averages what the method's own hooks leave
         self.device, self.hooks, self.file = device, hooks, file
         saved = file.load()
         if saved:

@@ -56,6 +56,9 @@ class Recipe(BaseModel):
     lowering: Literal["auto", "off"] = Field(
         "auto", description="on a CPU, compute 3x3 convolutions of tiny maps as matrix products where that is faster"
     )
+    lookahead: float = Field(
+        0.0, ge=0, lt=1, description="decay of the running average that the weights return to; 0: none"
+    )
     compile: bool = Field(False, description="torch.compile the forward pass; falls back to eager with a warning")
 
     @model_validator(mode="after")
