@@ -27,7 +27,7 @@ from apbm_core.forward import (
     trained_shapes,
 )
 from apbm_core.fusion import fused_layers
-from apbm_core.groups import LAYERS, Group, find_groups, removes_outputs
+from apbm_core.groups import LAYERS, Group, find_groups, removes_outputs, tell_shapes
 
 
 class Anatomy:
@@ -65,7 +65,7 @@ class Anatomy:
                     self._trained = trained_shapes(model, self.inputs)
                 except Exception:  # such as BatchNorm on a single value: that says nothing about a surgery
                     self._trained = None
-                right = self._provable(right, (twin, graph)) if prove else right
+                right = self._proved(right, (twin, graph)) if prove else right
         self.groups = {group.name: group for group in right}
         for group in right:
             self.reasons |= dict.fromkeys(group.layers)
@@ -87,8 +87,21 @@ class Anatomy:
                 raise UnsupportedNetwork(f"this {type(self.model).__name__} cannot be cut this way: {reason}.")
         return small, cuts
 
+    def _proved(self, groups: list[Group], traced: tuple) -> list[Group]:
+        self._wrong: dict[tuple, list[str]] = {}
+        self._put_back: list[Group] = []
+        right = self._provable(groups, traced)
+        if not self._put_back or self._try(self._put_back) is not None:
+            return right
+        return self._joined(right, self._put_back)
+
     def _provable(self, groups: list[Group], traced: tuple | None = None) -> list[Group]:
-        """Those of the groups that can be cut together and proved right; of the others, the reason is kept."""
+        """Those of the groups that can be cut together and proved right; of the others, the reason is kept.
+
+        Halves are tried apart, kind by kind: the blocks of a network repeat each other. Where two groups of a kind are
+        wrong, each by itself, the others of it are tried together once more, and else left alone for the same reason.
+        """
+        groups = [group for group in groups if not self._is_doubtful(group)]
         if not groups:
             return []
         reason = self._try(groups, traced)
@@ -99,17 +112,35 @@ class Anatomy:
                 if self._try([larger]) is None:
                     return [larger]
             self.reasons |= dict.fromkeys(groups[0].layers, reason)
+            self._wrong.setdefault(groups[0].kind, []).append(reason)
             return []
-        half = len(groups) // 2
-        first, second = self._provable(groups[:half]), self._provable(groups[half:])
-        if not first or not second or (len(first + second) < len(groups) and self._try(first + second) is None):
+        kinds: dict[tuple, list[Group]] = {}
+        for group in groups:
+            kinds.setdefault(group.kind, []).append(group)
+        parts = list(kinds.values()) if len(kinds) > 1 else [[group] for group in groups]
+        half = len(parts) // 2
+        first = self._provable(sum(parts[:half], []))
+        return self._joined(first, self._provable(sum(parts[half:], [])))
+
+    def _joined(self, first: list[Group], second: list[Group]) -> list[Group]:
+        """What of two sets of groups, each right by itself, is right together: all of the first in any case."""
+        if not first or not second or self._try(first + second) is None:
             return first + second
-        for group in second:  # each half is right, and both together are not
+        for group in second:
             if (reason := self._try([*first, group])) is None:
-                first.append(group)
+                first = [*first, group]
             else:
                 self.reasons |= dict.fromkeys(group.layers, reason)
         return first
+
+    def _is_doubtful(self, group: Group) -> bool:
+        """Whether two groups of its kind were wrong, so that it is put back."""
+        wrong = self._wrong.get(group.kind, ())
+        if len(wrong) < 2:
+            return False
+        self._put_back.append(group)
+        self.reasons |= dict.fromkeys(group.layers, wrong[0])
+        return True
 
     def _try(self, groups: list[Group], traced: tuple | None = None) -> str | None:
         """What goes wrong when every third unit or so of these groups is removed, in no order; or None."""
@@ -230,12 +261,14 @@ def trace_dependencies(model: nn.Module, inputs: Any) -> torch_pruning.Dependenc
             parameter.requires_grad_(parameter.is_floating_point())
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            return torch_pruning.DependencyGraph().build_dependency(
+            graph = torch_pruning.DependencyGraph().build_dependency(
                 model.eval(),
                 example_inputs=inputs,
                 forward_fn=call,
                 output_transform=lambda out: [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None],
             )
+        tell_shapes(graph)
+        return graph
     except Exception as error:
         raise UnsupportedNetwork(
             f"torch-pruning cannot trace this {type(model).__name__} on inputs of shape {describe(inputs)}: {error}. "

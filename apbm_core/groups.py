@@ -6,9 +6,11 @@ all layers that make the same channels, and how their channels correspond. A gro
 of channels, ties a channel to one in each group: such channels are a *unit* of several, kept or removed as one.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import lcm
+from math import lcm, prod
+from types import SimpleNamespace
 
 import torch
 import torch_pruning
@@ -50,6 +52,11 @@ class Group:
         """The modules, and the parameters outside of them, of which something goes."""
         return {name for name, _ in self.sides}
 
+    @property
+    def kind(self) -> tuple:
+        """The same for groups of the same place in blocks that repeat each other: names but for their numbers, size."""
+        return tuple(re.sub(r"\b\d+\b", "#", name) for name in sorted(self.touched)), self.units
+
     def but(self, reason: str) -> "Group":
         return replace(self, reason=reason)
 
@@ -62,6 +69,30 @@ class Group:
             layers = {name: channels.view(shape) for name, channels in self.layers.items()}
             layers = layers if is_consecutive else {name: channels.T for name, channels in layers.items()}
             yield replace(self, layers=layers, sides={side: count * size for side, count in self.sides.items()})
+
+
+def tell_shapes(graph: torch_pruning.DependencyGraph) -> None:
+    """Tell a graph of torch-pruning's the sizes of what is reshaped, under the name that it looks for.
+
+    Autograd has renamed them; without them every reshaping, of heads and windows too, is taken for a flattening of
+    channels and places (or for its reverse), and the numbers of channels explode.
+    """
+    for node in graph.module2node.values():
+        if node.type != OPTYPE.RESHAPE or not hasattr(node.grad_fn, "_saved_self_sym_sizes"):
+            continue
+        before, after = node.grad_fn._saved_self_sym_sizes, node.grad_fn._input_metadata[0].shape
+        of_examples = before[0] == after[0]
+        if of_examples and len(after) == 2 and len(before) > 2:
+            told = (before[0], before[1], prod(before[2:]), 1)
+        elif of_examples and len(before) == 2 and len(after) > 2:
+            told = (before[1],)
+        else:
+            told = ()  # channels and places stay apart, or cannot be followed
+        node.grad_fn = SimpleNamespace(_saved_self_sizes=told)
+    for node in graph.module2node.values():  # what was concluded without the sizes; it concludes anew for each group
+        for dependency in node.dependencies:
+            if OPTYPE.RESHAPE in (node.type, dependency.target.type):
+                dependency.index_mapping[0] = None
 
 
 def outputs_of(layer: nn.Module) -> int:

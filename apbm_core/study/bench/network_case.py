@@ -2,7 +2,8 @@
 
     python -m apbm_core.study.bench.network_case NAME [KEEP] [GIGABYTES]
 
-Prints one line of JSON. It is a process of its own (networks.py) because a network may crash, hang, or take all memory.
+Prints a line of JSON for ours, and one that has both. It is a process of its own (networks.py) because a network may
+crash, hang, or take all memory.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ from apbm_core.study.bench.zoo.members import build
 _PROGRESS = 0.3  # of the training: filters are still mixed, so that fused and compact have something to disagree on
 
 
-def measure(name: str, keep: float = 0.5) -> dict[str, Any]:
-    """A row of the table: plain values, None where there is nothing to say.
+def measure(name: str, keep: float = 0.5) -> Iterator[dict[str, Any]]:
+    """A row of the table, as far as it is known: after ours, and after torch-pruning's. Plain values.
 
     Raises:
         ConfigError: the zoo has no such network, or it needs a package that is not installed.
@@ -44,7 +46,7 @@ def measure(name: str, keep: float = 0.5) -> dict[str, Any]:
         except Exception as error:
             row[f"{prefix} says"] = f"{type(error).__name__}: {_line(error)}"
         row[f"{prefix} seconds"] = round(time.perf_counter() - started, 1)
-    return row
+        yield row
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -165,4 +167,5 @@ def limit_memory(gigabytes: float) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     limit_memory(float(sys.argv[3]) if len(sys.argv) > 3 else 8)
-    print(json.dumps(measure(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.5)))
+    for known in measure(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.5):
+        print(json.dumps(known), flush=True)

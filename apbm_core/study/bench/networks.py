@@ -25,7 +25,7 @@ from apbm_core.study.bench.measure import Settings, Table
 from apbm_core.study.bench.zoo.members import ZOO
 
 KEEP = 0.5
-LIMITS = {"seconds": 600, "gigabytes": 10}
+LIMITS = {"seconds": 400, "gigabytes": 10}
 GOALS = {"removed": 0.70, "difference": 1e-4}
 QUICK = ("perceptron", "1-d", "strided channels")
 COLUMNS = (
@@ -58,13 +58,14 @@ def run_case(name: str, limits: Mapping[str, float] = LIMITS) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, sys.path)))}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limits["seconds"], env=environment)
-    except subprocess.TimeoutExpired:
-        return {"network": name, "ours says": f"not done within {limits['seconds']:g} s"}
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return {"network": name, "ours says": f"its process ended with status {done.returncode}: {said[:160]}"}
+        said, why = done.stdout, f"its process ended with status {done.returncode}"
+        if done.returncode:
+            why += f": {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:160]}"
+    except subprocess.TimeoutExpired as stopped:
+        said, why = (stopped.stdout or b"").decode(), f"not done within {limits['seconds']:g} s"
+    lines = [line for line in said.splitlines() if line.endswith("}")]
+    row = json.loads(lines[-1]) if lines else {"network": name, "ours says": why}
+    return row if len(lines) != 1 else row | {"torch-pruning says": why}
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

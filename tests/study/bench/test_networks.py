@@ -40,7 +40,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_row_says_what_was_removed(name):
-    row = network_case.measure(name)
+    *_, row = network_case.measure(name)
     dense, slim = BY_HAND[name]
     assert row["parameters"] == dense and row["ours"] == pytest.approx(1 - slim / dense)
     assert row["difference"] < 1e-4 and 0 < row["left alone"] < row["layers"]
@@ -50,7 +50,7 @@ def test_a_row_says_what_was_removed(name):
 
 def test_a_network_that_nobody_can_prune_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setitem(ZOO, "lonely", (lambda: nn.Sequential(nn.Conv2d(3, 6, 3)), lambda: torch.randn(1, 3, 8, 8)))
-    row = network_case.measure("lonely")
+    *_, row = network_case.measure("lonely")
     assert "ours" not in row and "own output" in row["ours says"] and row["parameters"] == 168
     with pytest.raises(ConfigError, match="no network 'nobody'"):
         members.build("nobody")
@@ -96,6 +96,15 @@ def test_a_process_that_does_not_end_well_is_a_row_with_the_reason(monkeypatch):
     assert networks.run_case("1-d", limits) == {"network": "1-d", "ours says": "not done within 0.05 s"}
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert "ended with status 1" in networks.run_case("1-d")["ours says"]
+
+
+def test_what_is_known_of_ours_outlives_the_other_pruners_time(monkeypatch, tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text('#!/bin/sh\necho \'{"network": "1-d", "ours": 0.7}\'\nexec sleep 60\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    row = networks.run_case("1-d", networks.LIMITS | {"seconds": 1})
+    assert row == {"network": "1-d", "ours": 0.7, "torch-pruning says": "not done within 1 s"}
 
 
 def test_goals_count_what_does_not_run_as_nothing_removed():

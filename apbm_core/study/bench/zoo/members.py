@@ -26,7 +26,7 @@ DETECTION = {
 }  # fmt: skip
 VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18")
 
-# One member of under 12 million parameters of timm's families, where there is one -> the size of its images, or -size
+# A member of under 12 million parameters of each family of timm that has one -> the size of its images, or -size
 # where the network is told of it.
 TIMM = {
     "botnet26t_256": -64, "cait_xxs24_224": -64, "coat_lite_tiny": -64, "convit_tiny": -64, "convnext_atto": 64,
