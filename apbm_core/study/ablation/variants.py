@@ -92,7 +92,28 @@ _RATES = (
             options={"passing": True},
             recipe={"lr": rate},
         )
-        for rate in (0.1, 0.4)
+        for rate in (0.1, 0.4, 0.8)
+    ),
+    *(
+        Variant(
+            f"passing-alone-rate-{rate}",
+            "rate",
+            f"passing, no fusion, rate {rate}",
+            _SLICE,
+            {"passing": True},
+            recipe={"lr": rate},
+        )
+        for rate in (0.1, 0.4, 0.8)
+    ),
+    *(
+        Variant(
+            f"dirac-rate-{rate}",
+            "rate",
+            f"slim from scratch, identity start, rate {rate}",
+            method="dirac",
+            recipe={"lr": rate},
+        )
+        for rate in (0.1, 0.4, 0.8)
     ),
 )
 
