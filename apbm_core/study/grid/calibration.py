@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
-from tqdm.auto import tqdm
-
 from apbm_core.errors import RecordError
 from apbm_core.files import sha256, write_atomically
 from apbm_core.study.data.datasets import DataSplit
+from apbm_core.study.grid.bars import bar
 from apbm_core.study.grid.run import environment
 from apbm_core.study.methods import get_method
 from apbm_core.study.methods.task import Task
@@ -179,18 +178,18 @@ def _measure(
     """The costs of each kind of run, and the facts of the machine and its arithmetic."""
     measured: dict[str, dict[str, list[Cost]]] = {name: {} for name in wanted}
     facts: dict[str, Any] = {}
-    with tqdm(total=ROUNDS * len(wanted), unit="run", desc="calibration", leave=False) as bar:
+    with bar(total=ROUNDS * len(wanted), unit="run", desc="calibration") as shown:
         for _ in range(ROUNDS):
             shared: dict[str, tuple[nn.Module, Cost, Any]] = {}
             for name, config in wanted.items():
-                bar.set_postfix_str(name)
+                shown.set_postfix_str(name, refresh=False)
                 with tempfile.TemporaryDirectory(prefix="calibration-") as work:
                     task = _Timed.of(config, split, ResultsFolder(work), device, shared)
                     get_method(config.method).prune(task)
                 for phase, cost in task.measured.items():
                     measured[name].setdefault(phase, []).append(cost)
                 facts = environment(device) | {"side_by_side": 1} | task.training_facts
-                bar.update()
+                shown.update()
     return measured, facts
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from importlib import metadata
@@ -31,6 +32,22 @@ from apbm_core.study.training.hooks import Context
 from apbm_core.study.training.stopping import StopAt
 from apbm_core.study.validation import validated
 
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        words: its phase, how far that is, and the share of the last epoch's images that it had right.
+        epochs: how many of the run's are done, all phases together.
+        before: how many of them were done when it was begun or continued; those that another run trained count.
+    """
+
+    words: str
+    epochs: float
+    before: float
+
+
 DETERMINISTIC = "APBM_DETERMINISTIC"
 """Set to 1, this variable makes runs on CUDA repeatable bit for bit (and slower): see :func:`deterministic`."""
 
@@ -43,7 +60,7 @@ def execute(
     device: str,
     side_by_side: int,
     stop_at: float = math.inf,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[Standing], None] | None = None,
 ) -> RunRecord:
     """Carry out one run, or read its record if it has one; at the end it is recorded and its work folder is gone.
 
@@ -59,7 +76,7 @@ def execute(
         Stopped: at that moment, or when the process was asked to end.
         ApbmError: of whatever kind describes what went wrong; the run's checkpoints stay, so that it can go on.
     """
-    results, say, stop = ResultsFolder(folder), report or (lambda text: None), StopAt(stop_at)
+    results, say, stop = ResultsFolder(folder), report or (lambda standing: None), StopAt(stop_at)
     with results.exclusively(config.id, stop):
         record = results.read(config)
         if record is None:
@@ -75,7 +92,7 @@ def _carry_out(
     results: ResultsFolder,
     device: torch.device,
     side_by_side: int,
-    say: Callable[[str], None],
+    say: Callable[[Standing], None],
     stop: StopAt,
 ) -> RunRecord:
     started = _now()
@@ -83,7 +100,8 @@ def _carry_out(
     options = validated(method.Options, completed(method.Options, config.options), f"the options of {config.method}")
     dataset = _dataset(config.dataset)
     split = dataset.split(config.split, config.seed, config.train_subset, config.test_subset)
-    task = Task(config, split, results, options, device, lambda phase, context: say(_describe(phase, context)), stop)
+    scribe = _Scribe(config.epochs, say)
+    task = scribe.task = Task(config, split, results, options, device, scribe, stop)
     model = method.prune(task)
     precision = {name: task.training_facts[name] for name in ("precision", "channels_last")}
 
@@ -123,9 +141,29 @@ def _is_deterministic() -> bool:
     return os.environ.get(DETERMINISTIC) == "1"
 
 
-def _describe(phase: str, context: Context) -> str:
-    done = context.epoch + context.step / context.steps_per_epoch
-    return f"{phase} {min(done, context.epochs):.1f}/{context.epochs}"
+class _Scribe:
+    """Told after every step where a phase stands, it says where the run stands."""
+
+    task: Task
+
+    def __init__(self, epochs: int, say: Callable[[Standing], None]):
+        self.epochs, self.say = epochs, say
+        self.before: float | None = None  # the run's epochs when its first step was taken here
+        self.resumed_at, self.phase = 0.0, ""
+
+    def __call__(self, phase: str, context: Context) -> None:
+        done = context.epoch + context.step / context.steps_per_epoch
+        earlier = sum(record.epochs for record in self.task.phases)
+        if phase != self.phase:
+            self.phase, self.resumed_at = phase, done - 1 / context.steps_per_epoch
+            if self.before is None:
+                self.before = earlier + self.resumed_at
+        words = f"{phase.split('-')[0]} {done:.1f} of {context.epochs}"
+        if self.resumed_at > 1e-6:
+            words += f", going on from epoch {self.resumed_at:.1f}"
+        if context.history:
+            words += f", {100 * context.history[-1]['train_accuracy']:.1f} % on the way"
+        self.say(Standing(words, min(earlier + done, self.epochs), min(self.before, self.epochs)))
 
 
 def _dense(name: str, num_classes: int) -> nn.Module:

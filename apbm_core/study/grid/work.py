@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from apbm_core.errors import ApbmError
+from apbm_core.study.grid.bars import EpochsBar
 from apbm_core.study.grid.budget import Budget, Estimates, choose, in_order
 from apbm_core.study.grid.cluster import run_on_cluster
-from apbm_core.study.grid.run import execute
+from apbm_core.study.grid.run import Standing, execute
 from apbm_core.study.grid.workers import plan_workers, run_side_by_side
 from apbm_core.study.records import RunConfig, RunRecord
 from apbm_core.study.training.stopping import Stopped, is_asked
@@ -72,10 +71,12 @@ class Work:
         if self.budget.is_finite:
             print(f"{self.plan()} {self.budget.minutes_left:.3g} minutes are given.", flush=True)
         started = time.perf_counter()
-        with tqdm(total=len(missing), unit="run", leave=False) as bar:
-            for index, record, error in self._engine(
-                lambda i, said: bar.set_postfix_str(f"{self._handed_out[i].id}: {said}")
-            ):
+        with EpochsBar(_epochs(missing)) as bar:
+
+            def stands(index: int, standing: Standing) -> None:
+                bar.stand(self._handed_out[index].id, standing.epochs, standing.words, standing.before)
+
+            for index, record, error in self._engine(stands):
                 config = self._handed_out[index]
                 if error is not None:
                     self._unfinished[config.id] = error
@@ -83,16 +84,16 @@ class Work:
                 self._records[config.id] = record
                 if self.budget.is_finite:
                     self._estimates.learn([record])
-                bar.total = len(self._handed_out) + len(self._waiting())
-                bar.update()
-                accuracy = record.test_accuracy if record.test_accuracy is not None else record.val_accuracy
-                print(f"{record.id:<46} accuracy {100 * accuracy:5.2f} %   {record.seconds:7.1f} s of training")
+                accuracy = 100 * (record.test_accuracy if record.test_accuracy is not None else record.val_accuracy)
+                total = _epochs([*self._handed_out, *self._waiting()])
+                bar.end(config.id, config.epochs, f"last {record.config.method} {accuracy:.1f} %", total)
+                print(f"{record.id:<46} accuracy {accuracy:5.2f} %   {record.seconds:7.1f} s of training")
         done = len(self._handed_out) - len(self._unfinished)
         print(f"{done} runs in {time.perf_counter() - started:.0f} s, {self.workers} at a time.")
         self._raise_if_unfinished()
 
     def _engine(
-        self, report: Callable[[int, str], None]
+        self, report: Callable[[int, Standing], None]
     ) -> Iterator[tuple[int, RunRecord | None, BaseException | None]]:
         parameters = self.study.parameters
         if parameters.engine == "ray":
@@ -152,3 +153,7 @@ class Work:
                 f"{len(self.wanted())} runs are recorded, {len(self._unfinished)} wait at a checkpoint.{left} The same "
                 "command goes on from here."
             )
+
+
+def _epochs(configs: Sequence[RunConfig]) -> int:
+    return sum(config.epochs for config in configs)

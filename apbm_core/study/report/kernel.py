@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from IPython.core.getipython import get_ipython
-from tqdm.auto import tqdm
 
 from apbm_core.errors import ApbmError
+from apbm_core.study.grid.bars import bar
 from apbm_core.study.grid.profiles import PLACE
 from apbm_core.study.training.hooks import Context
 
@@ -45,8 +45,8 @@ def brief(error: BaseException) -> list[str]:
 @contextmanager
 def epochs_bar(epochs: int, words: str) -> Iterator[Callable[[Context], None]]:
     """A bar that counts the epochs of one training, with the time left; what it yields is ``train``'s ``progress``."""
-    with tqdm(total=epochs, unit="epoch", desc=words, leave=False) as bar:
-        yield lambda context: bar.update(round(epochs * context.progress, 3) - bar.n)
+    with bar(total=epochs, unit="epoch", desc=words) as shown:
+        yield lambda context: shown.update(round(epochs * context.progress, 3) - shown.n)
 
 
 def injected_by_papermill() -> dict[str, Any]:
