@@ -24,6 +24,9 @@ _POLL_SECONDS = 0.3
 def plan_workers(workers: int, jobs: int, device: torch.device) -> tuple[int, int]:
     """How many runs at a time, and how many threads for each: (workers, threads).
 
+    The threads are an equal part of the cores, and no more than ``OMP_NUM_THREADS``, where that is set: schedulers and
+    users limit a process by it, and threads that wait for a core make a run many times slower.
+
     Args:
         workers: as many as asked for; 0 leaves it to us: one on a GPU, else one a core and at most four. Two
             single-threaded runs side by side finish sooner than two runs in turn on two threads.
@@ -33,7 +36,9 @@ def plan_workers(workers: int, jobs: int, device: torch.device) -> tuple[int, in
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 0:
         workers = 1 if device.type != "cpu" else min(4, cores)
-    return max(1, min(workers, jobs)), max(1, cores // workers)
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # OpenMP takes one for each level of nesting
+    threads = min(cores // workers, int(limit) if limit.isdigit() else cores)
+    return max(1, min(workers, jobs)), max(1, threads)
 
 
 def run_side_by_side(

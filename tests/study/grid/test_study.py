@@ -370,12 +370,17 @@ def test_the_shared_pretraining_is_started_by_one_run(finished):
     assert order[0] == "hrank" and set(order[-3:]) == {"l1", "fpgm", "random"}
 
 
-def test_workers_share_the_cores():
+def test_workers_share_the_cores_as_far_as_they_may(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers, threads = plan_workers(0, 100, torch.device("cpu"))
     assert workers == min(4, cores) and threads == max(1, cores // workers)
     assert plan_workers(0, 100, torch.device("cuda"))[0] == 1
     assert plan_workers(3, 2, torch.device("cpu"))[0] == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert plan_workers(1, 100, torch.device("cpu")) == (1, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000,2")
+    assert plan_workers(1, 100, torch.device("cpu")) == (1, cores)
 
 
 def double(x, report):
