@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
+
 from apbm_core.errors import RecordError
 from apbm_core.files import sha256, write_atomically
 from apbm_core.study.data.datasets import DataSplit
