@@ -2,6 +2,7 @@
 
     python -m apbm_core.study.grid --profile gpu --minutes 25 seeds=[0]      train what is not recorded, 25 minutes long
     python -m apbm_core.study.grid plan --profile gpu                        what there is to do, and how long it takes
+    python -m apbm_core.study.grid plan --profile gpu --cards 1 8 64         likewise on cards that are not here
     python -m apbm_core.study.grid merge results/own/gpu elsewhere/gpu       add the second's records to the first
 
 Exit codes: 0 everything is recorded; 75 stopped where it can go on, by its minutes or by SIGTERM: give the same command
@@ -18,6 +19,7 @@ from typing import Any
 from apbm_core.errors import ApbmError
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.merge import merge
+from apbm_core.study.grid.paper import estimate as on_paper
 from apbm_core.study.grid.profiles import lay_over, load_profile, parse_assignments, repository
 from apbm_core.study.grid.work import Work
 from apbm_core.study.records import OWN
@@ -58,6 +60,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("more", metavar="NAME=VALUE", nargs="*", help="the study's parameters; values are YAML")
         if name == "run":
             command.add_argument("--minutes", type=float, help="stop after so long, where it can go on")
+        else:
+            text = "say what the whole grid would take on so many cards that are not here, from counts on paper"
+            command.add_argument("--cards", type=int, nargs="+", metavar="N", default=[], help=text)
     command = commands.add_parser("merge", help="add the records of other folders to the first", allow_abbrev=False)
     command.add_argument("into", help="a folder results/<profile>")
     command.add_argument("sources", nargs="+", help="others of its kind")
@@ -77,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "minutes", None) is not None:
             values["minutes"] = options.minutes
         study = open_study(options.profile, options.results, values)
+        if options.command == "plan" and options.cards:
+            print(on_paper(study.configs(), "equal-time" in study.parameters.schedules).words(options.cards))
+            return 0
         if options.command == "plan":
             print(Work(study).plan())
             return 0
