@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
+from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import get_method
 from apbm_core.study.networks.models import build_model
 from apbm_core.study.records import RunConfig, RunRecord
@@ -62,13 +63,15 @@ class Budget:
 class Estimates:
     """The training seconds of runs to come, from the records of runs of the same kind on this machine.
 
-    A kind is everything but seed and length. Where it has no record yet, runs of the same network, data and recipe give
-    the seconds of an epoch: the dense one, else the slowest; where there are none at all, a few steps are measured.
+    A kind is everything but seed and length. Where it has no record yet, the machine's calibration says what its phases
+    take, alone; else runs of the same network, data and recipe give the seconds of an epoch: the dense one, else the
+    slowest; where there are none at all, a few steps are measured.
 
     Args:
         device, threads, side_by_side: under which conditions runs are carried out; records of others are passed over.
         num_images: training images of the data set.
         side: of its images, in pixels.
+        calibration: of the machine; another machine's is passed over.
     """
 
     device: torch.device
@@ -76,6 +79,7 @@ class Estimates:
     side_by_side: int
     num_images: int
     side: int
+    calibration: Calibration | None = None
     _of_kind: dict[str, list[float]] = field(default_factory=dict)  # seconds of an epoch
     _of_network: dict[str, dict[bool, list[float]]] = field(default_factory=dict)  # likewise, by whether it is dense
 
@@ -95,12 +99,20 @@ class Estimates:
         """The estimated training seconds of one run."""
         if known := self._of_kind.get(_kind(config)):
             return config.epochs * sum(known) / len(known)
+        images = config.train_subset or self.num_images
+        if self._is_calibrated and (seconds := self.calibration.estimate(config, images)):
+            return seconds
         if similar := self._of_network.get(_network(config)):
             return config.epochs * max(similar.get(True) or similar[False])
         recipe = config.recipe
-        steps = math.ceil((config.train_subset or self.num_images) / recipe.batch_size)
+        steps = math.ceil(images / recipe.batch_size)
         step = measured_step(config.model, recipe, recipe.crop or self.side, self.device, self.threads)
         return config.epochs * steps * step
+
+    @property
+    def _is_calibrated(self) -> bool:
+        known = self.calibration.environment if self.calibration else {}
+        return known.get("device") == describe_device(self.device)["device"]
 
 
 def choose(

@@ -52,6 +52,7 @@ class Cost(BaseModel):
     per_image: float = Field(0.0, ge=0, description="seconds")
     per_epoch: float = Field(0.0, ge=0, description="seconds beyond the steps'")
     once: float = Field(0.0, ge=0, description="seconds of work between trainings")
+    share: float = Field(0.0, ge=0, le=1, description="of the run's epochs, that are this phase's; 0 if not noted")
 
     def seconds(self, phase: PhaseRecord) -> float:
         return phase.images * self.per_image + phase.epochs * self.per_epoch + self.once
@@ -90,6 +91,17 @@ class Calibration(BaseModel):
     def seconds(self, record: RunRecord) -> float:
         """A whole run's seconds, the mean over the rounds."""
         return statistics.fmean(self.rounds(record))
+
+    def estimate(self, config: RunConfig, images: int) -> float | None:
+        """The seconds of a run that is still to come, on so many images an epoch; None where it was not measured."""
+        phases, total = self.runs.get(kind(config), {}), 0.0
+        if not any(cost.share for costs in phases.values() for cost in costs):
+            return None  # or measured before shares were noted
+        for costs in phases.values():
+            epochs = config.epochs * costs[-1].share
+            phase = PhaseRecord(name="", seconds=0.0, epochs=round(epochs), images=round(epochs * images))
+            total += statistics.fmean(cost.seconds(phase) for cost in costs)
+        return total
 
     def spread(self, record: RunRecord) -> float:
         """The standard deviation of :meth:`rounds`, as a share of their mean."""
@@ -237,7 +249,8 @@ class _Timed(Task):
             progress=clock,
             course=course,
         )
-        self.measured[phase] = fit(clock.epochs, len(self.split.train))
+        cost = fit(clock.epochs, len(self.split.train))
+        self.measured[phase] = cost.model_copy(update={"share": min(1.0, epochs / self.config.epochs)})
         return result
 
 

@@ -132,7 +132,8 @@ class Work:
     @cached_property
     def _estimates(self) -> Estimates:
         images = self.study.data().train_images
-        estimates = Estimates(self.study.device, self.threads, self.workers, len(images), images.shape[1])
+        shape, calibration = (len(images), images.shape[1]), self.study.calibration
+        estimates = Estimates(self.study.device, self.threads, self.workers, *shape, calibration)
         estimates.learn(self.results.read_all())
         return estimates
 

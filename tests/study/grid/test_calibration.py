@@ -9,6 +9,7 @@ from fake_records import fake_record
 from apbm_core.errors import RecordError
 from apbm_core.study.data.datasets import load_dataset
 from apbm_core.study.grid import calibration as module
+from apbm_core.study.grid.budget import Estimates
 from apbm_core.study.grid.calibration import Cost, ensure, fit, kind, read
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.pages.runner import main
@@ -82,6 +83,26 @@ def test_every_phase_of_every_method_is_measured_in_each_round(calibrated):
     assert all(cost.per_image > 0 for cost in phases["swp"]["finetune"])
     assert read(folder, CPU) == read(folder) == found
     assert not (folder / "work").exists() and not (folder / "runs").exists()
+
+
+def test_a_run_to_come_is_estimated_from_its_phases(calibrated):
+    _, configs, found = calibrated
+    l1 = next(config for config in configs if config.method == "l1").model_copy(update={"epochs": 30, "seed": 7})
+    mean = {name: [sum(c.model_dump()[key] for c in costs) / 2 for key in ("per_image", "per_epoch", "once")]
+            for name, costs in found.runs[kind(l1)].items()}  # fmt: skip
+    by_hand = mean["score"][2]
+    for name, epochs in (("pretrain", 10), ("finetune", 20)):
+        by_hand += epochs * (1000 * mean[name][0] + mean[name][1])
+    assert found.estimate(l1, images=1000) == pytest.approx(by_hand)
+    assert found.estimate(l1.model_copy(update={"target": 0.6}), images=1000) is None
+    elsewhere = found.model_copy(update={"environment": found.environment | {"device": "another"}})
+    here = Estimates(CPU, 1, 1, num_images=1000, side=32, calibration=found)
+    assert here.seconds(l1) == found.estimate(l1, 64) and not Estimates(CPU, 1, 1, 9, 8, elsewhere)._is_calibrated
+    unnoted = {
+        name: {phase: [cost.model_copy(update={"share": 0.0}) for cost in costs] for phase, costs in phases.items()}
+        for name, phases in found.runs.items()
+    }
+    assert found.model_copy(update={"runs": unnoted}).estimate(l1, 1000) is None
 
 
 def test_runs_as_short_as_a_calibration_are_not_calibrated(calibrated, tmp_path):
