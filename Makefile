@@ -50,7 +50,8 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: setup ## Train and render into results/own: PROFILE=quick PARAMS="epochs=3 seeds=[0,1]" ONLY=02_train
 	@$(STUDY) calibrate $(OPTIONS)
-	@$(STUDY) run $(OPTIONS)
+	@$(STUDY) run $(OPTIONS) || { code=$$?; [ $$code -ne 75 ] || \
+	echo 'GO ON: give the same command again. (make says Error 75 and ends with 2; docs/clusters.md, for scripts)' >&2; exit $$code; }
 
 report: setup ## Render the recorded runs again, without training: PROFILE=quick RESULTS=results/own
 	@$(STUDY) report $(OPTIONS)

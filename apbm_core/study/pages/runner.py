@@ -175,6 +175,9 @@ def _calibrate(reproduction: Reproduction) -> None:
         return
     start = time.perf_counter()
     wanted = lay_over(load_profile(reproduction.root, reproduction.profile), reproduction.changes).parameters
+    if wanted.minutes is not None:  # it cannot be stopped and continued, and would take the minutes of the runs
+        print("With minutes nothing is calibrated: leave them out for that, in a call of `calibrate`.", flush=True)
+        return
     with exclusive(reproduction.folder):
         found = Study(wanted, reproduction.folder, records_only=False).calibrate()
     seconds = time.perf_counter() - start
