@@ -104,8 +104,9 @@ class Board:
         self.asked = False
 
     def put(self, index: int, said: Any) -> bool:
-        """Pin up the last word of a run; returns whether runs are asked to end."""
-        self.said[index] = said
+        """Pin up the last word of a run, None for nothing yet; returns whether runs are asked to end."""
+        if said is not None:
+            self.said[index] = said
         return self.asked
 
     def take(self) -> list[tuple[int, Any]]:
@@ -125,7 +126,7 @@ def _call(function: Callable[..., Any], job: tuple, index: int, threads: int, fo
     os.chdir(folder)  # relative paths mean what they mean to the driver
     torch.set_num_threads(threads)
     stopping.forget()  # Ray uses its processes again
-    last, is_over = ["begins"], threading.Event()
+    last, is_over = [None], threading.Event()
 
     def tell() -> None:
         while not is_over.wait(_POLL_SECONDS):
