@@ -1,58 +1,62 @@
-"""What a network costs at any filter counts, parameters and multiply-accumulates, from one trace of the dense network.
+"""What a network costs at any widths, parameters and multiply-accumulates, from one trace of the dense network.
 
-A layer's cost is a product, ``out * in * kernel``, and both of its sides are affine in the filter counts of the layers
-that feed it: so many channels that stay, and so many for each filter (one; more behind a flattened map; those of
-several layers behind a concatenation). torch-pruning's dependency graph says which. So one trace prices every network
-that :func:`apbm_core.surgery.slim` could cut out of the dense one, and none of them is built::
+A layer's cost is a product, ``out * in * kernel``, and both of its sides are affine in the widths of the groups of
+layers that feed it: so many channels that stay, and so many for each unit (one, for a convolution by itself; more
+behind a flattened map or where channels are tied; those of several groups behind a concatenation). The anatomy says
+which. So one trace prices every network that could be cut out of the dense one, and none of them is built::
 
     costs = CostTable.trace(model, example_inputs)
     costs.parameters({"features.conv1": 32})        # everything else dense
     costs.macs({"features.conv1": 32})
 """
 
-import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apbm_core.anatomy import check_names, trace_dependencies
+from apbm_core.anatomy import Anatomy, check_names
 from apbm_core.counting import count_parameters
 from apbm_core.errors import ConfigError
-from apbm_core.forward import evaluation_mode
-from apbm_core.surgery import prunable_layers
+from apbm_core.forward import call, evaluation_mode, tensors_in
+from apbm_core.groups import LAYERS, is_depthwise, outputs_of
 
 By = Literal["params", "macs"]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """How many channels one side of a layer has: ``fixed`` ones, and for each named layer so many for each filter."""
+    """How many channels one side of a layer has: ``fixed`` ones, and for each named group so many for each unit."""
 
     fixed: int
-    per_filter: Mapping[str, int]
+    per_unit: Mapping[str, int]
 
     def at(self, widths: Mapping[str, int]) -> int:
-        """Their number at these filter counts."""
-        return self.fixed + sum(each * widths[name] for name, each in self.per_filter.items())
+        """Their number at these widths."""
+        return self.fixed + sum(each * widths[name] for name, each in self.per_unit.items())
+
+    def fixing(self, widths: Mapping[str, int]) -> "Channels":
+        """The same with the named ones at these widths for good."""
+        fixed = {name: each for name, each in self.per_unit.items() if name in widths}
+        left = {name: each for name, each in self.per_unit.items() if name not in widths}
+        return Channels(self.fixed + sum(each * widths[name] for name, each in fixed.items()), left)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer with parameters that depend on the filter counts, or with multiply-accumulates.
+    """One layer with parameters that depend on the widths, or with multiply-accumulates.
 
     Attributes:
         name: its module's name.
         outputs: channels it puts out.
-        inputs: channels that each of its outputs sums over; 1 for depthwise convolutions and for norms.
+        inputs: channels that each of its outputs sums over: those of its group in a grouped convolution; 1 for norms.
         kernel: weights for each pair of an input and an output, k * k; 0 for norms.
-        positions: how often each weight is used for one image: the pixels of the output.
+        positions: how often each weight is used for one example: the pixels of the output.
         vectors: trainable numbers for each output besides the weights: a bias; a norm's scale and shift.
         is_trained: whether the weights are trainable.
     """
@@ -61,204 +65,235 @@ class LayerCost:
     outputs: Channels
     inputs: Channels
     kernel: int
-    positions: int
+    positions: float
     vectors: int
     is_trained: bool = True
 
     def weights(self, widths: Mapping[str, int]) -> int:
-        """How many weights it has at these filter counts."""
+        """How many weights it has at these widths."""
         return self.kernel * self.outputs.at(widths) * self.inputs.at(widths) if self.kernel else 0
+
+    def parameters(self, widths: Mapping[str, int], stripes: int | None = None) -> int:
+        """Its trainable numbers; with only so many vectors of one weight an input in place of all, if that is given."""
+        weights = self.weights(widths) if stripes is None else stripes * self.inputs.at(widths)
+        return self.is_trained * weights + self.vectors * self.outputs.at(widths)
+
+    def macs(self, widths: Mapping[str, int]) -> float:
+        """Its multiply-accumulates for one example."""
+        return self.positions * self.weights(widths) if self.positions else 0
 
 
 class CostTable:
-    """Parameters and multiply-accumulates of a network as functions of its filter counts.
+    """Parameters and multiply-accumulates of a network as functions of its widths.
 
-    What lies outside convolutions, linear layers and the norms between them is counted at its dense size.
+    What lies outside convolutions, linear layers and what follows their channels is counted at its dense size.
 
     Attributes:
-        widths: name -> filters of each prunable convolution of the dense network, in the network's order.
+        widths: the dense network's: name -> units of each group of layers that can be cut, in the network's order. A
+            group goes by its first layer; of a convolution by itself the units are its filters.
         layers: the table, a row a layer.
         fixed_parameters, fixed_macs: the cost of everything that is not in the table.
     """
 
-    def __init__(self, widths: Mapping[str, int], layers: Sequence[LayerCost], parameters: int, macs: int):
+    def __init__(self, widths: Mapping[str, int], layers: Sequence[LayerCost], parameters: int, macs: float):
         self.widths, self.layers = dict(widths), tuple(layers)
-        self.fixed_parameters = self.fixed_macs = 0
-        self.fixed_parameters, self.fixed_macs = parameters - self.parameters(), macs - self.macs()
+        self.fixed_parameters = parameters - sum(layer.parameters(self.widths) for layer in self.layers)
+        self.fixed_macs = macs - sum(layer.macs(self.widths) for layer in self.layers)
 
     @classmethod
-    def trace(cls, model: nn.Module, example_inputs: Tensor) -> "CostTable":
-        """The table of a dense network.
+    def trace(cls, model: nn.Module, example_inputs: Any) -> "CostTable":
+        """The table of a dense network whose widths are those of each ``nn.Conv2d`` that can be cut by itself.
 
         Args:
-            model: any network of ``nn.Conv2d`` convolutions without parametrizations, on any device, the meta device
-                included; not modified.
+            model: any network without parametrizations, on any device, the meta device included; not modified.
             example_inputs: one batch of images the network accepts, (N, c, h, w): multiply-accumulates are stated for
                 one image of this size.
 
         Raises:
             UnsupportedNetwork: the network does not run on the inputs, or torch-pruning cannot trace it.
         """
-        twin = copy.deepcopy(model)
-        device = next((parameter.device for parameter in twin.parameters()), example_inputs.device)
-        image = example_inputs[:1].to(device)
-        widths = prunable_layers(twin, image)
-        positions, macs = _positions(twin, image)
-        coupled = _coupled(twin, image, widths)
+        device = next((parameter.device for parameter in model.parameters()), example_inputs.device)
+        return cls.of(Anatomy(model, example_inputs[:1].to(device), coupled=False))
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> "CostTable":
+        """The table of a network whose groups are known; multiply-accumulates are those of one of its examples."""
+        units = {name: anatomy.groups[name].units for name in anatomy.reasons if name in anatomy.groups}
+        sides: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+        for name, group in anatomy.groups.items():
+            for (target, side), each in group.sides.items():
+                sides[target][side][name] = each
+        positions, macs = _positions(anatomy)
         layers = [
-            layer
-            for name, module in twin.named_modules()
-            if (layer := _row(name, module, coupled.get(name, {}), positions.get(name, 0), widths)) is not None
+            _row(name, module, sides.get(name, {}), positions.get(name, 0), units)
+            for name, module in anatomy.model.named_modules()
         ]
-        return cls(widths, layers, count_parameters(model), macs)
+        for name, parameter in anatomy.model.named_parameters():  # those outside of the layers that are known
+            if parameter.requires_grad and (per_unit := sides.get(name, {}).get("itself")):
+                count = sum(each * units[group] for group, each in per_unit.items())
+                layers.append(LayerCost(name, Channels(0, per_unit), Channels(1, {}), 0, 0, parameter.numel() // count))
+        return cls(units, [layer for layer in layers if layer is not None], count_parameters(anatomy.model), macs)
 
     def parameters(self, widths: Mapping[str, int] | None = None, stripes: Mapping[str, int] | None = None) -> int:
-        """Trainable parameters at these filter counts.
+        """Trainable parameters at these widths.
 
         Args:
-            widths: filters of each layer; a layer that is not named is dense.
+            widths: units of each group; one that is not named is dense.
             stripes: where a convolution does not hold all of its weights, how many vectors of one weight for each of
                 its inputs it does (:mod:`apbm_core.study.networks.stripes`).
 
         Raises:
-            ConfigError: a name is not a prunable layer's.
+            ConfigError: a name is not one of ``self.widths``.
         """
-        at, stripes = self._complete(widths), stripes or {}
-        total = self.fixed_parameters
-        for layer in self.layers:
-            if layer.is_trained:
-                whole = layer.name not in stripes
-                total += layer.weights(at) if whole else stripes[layer.name] * layer.inputs.at(at)
-            total += layer.vectors * layer.outputs.at(at)
-        return total
+        at, stripes = self.complete(widths), stripes or {}
+        return self.fixed_parameters + sum(layer.parameters(at, stripes.get(layer.name)) for layer in self.layers)
 
     def macs(self, widths: Mapping[str, int] | None = None) -> int:
-        """Multiply-accumulates of one image at these filter counts; arguments and errors as :meth:`parameters`."""
-        at = self._complete(widths)
-        return self.fixed_macs + sum(layer.positions * layer.weights(at) for layer in self.layers if layer.positions)
+        """Multiply-accumulates of one example at these widths; arguments and errors as :meth:`parameters`."""
+        at = self.complete(widths)
+        return round(self.fixed_macs + sum(layer.macs(at) for layer in self.layers))
 
-    def size_function(self, by: By = "params") -> Callable[[Sequence[int]], int]:
-        """``parameters`` or ``macs`` as a function of the filter counts in the order of ``widths``, made for searches.
-
-        Raises:
-            ConfigError: ``by`` is neither "params" nor "macs"; when called, the counts are not one a layer.
-        """
-        if by not in ("params", "macs"):
-            raise ConfigError(f"by is {by!r}; choose 'params' or 'macs'.")
-        constant, linear, pairs = self._polynomial(by)
-        number = len(self.widths)
-
-        def count(widths: Sequence[int]) -> int:
-            if len(widths) != number:
-                raise ConfigError(f"widths has {len(widths)} numbers; this network takes {number}.")
-            total = constant
-            for i, factor in linear:
-                total += factor * widths[i]
-            for i, j, factor in pairs:
-                total += factor * widths[i] * widths[j]
-            return total
-
-        return count
-
-    def _polynomial(self, by: By) -> tuple[int, list[tuple[int, int]], list[tuple[int, int, int]]]:
-        """The cost multiplied out: its constant, its linear and its quadratic terms."""
-        place = {name: i for i, name in enumerate(self.widths)}
-        constant = self.fixed_parameters if by == "params" else self.fixed_macs
-        linear: dict[int, int] = defaultdict(int)
-        pairs: dict[tuple[int, int], int] = defaultdict(int)
-        for layer in self.layers:
-            weight = layer.kernel * (layer.is_trained if by == "params" else layer.positions)
-            vectors = layer.vectors if by == "params" else 0
-            outputs, inputs = layer.outputs, layer.inputs
-            constant += weight * outputs.fixed * inputs.fixed + vectors * outputs.fixed
-            for name, each in outputs.per_filter.items():
-                linear[place[name]] += each * (weight * inputs.fixed + vectors)
-            for name, each in inputs.per_filter.items():
-                linear[place[name]] += each * weight * outputs.fixed
-                for other, times in outputs.per_filter.items():
-                    pairs[tuple(sorted((place[name], place[other])))] += each * times * weight
-        kept = [(*where, factor) for where, factor in pairs.items() if factor]
-        return constant, [(i, factor) for i, factor in linear.items() if factor], kept
-
-    def _complete(self, widths: Mapping[str, int] | None) -> dict[str, int]:
+    def complete(self, widths: Mapping[str, int] | None) -> dict[str, int]:
+        """These widths, and the dense ones of what they do not name."""
         check_names(widths or {}, self.widths)
         return self.widths | dict(widths or {})
 
+    def row(self, name: str) -> LayerCost:
+        """The row of a convolution or linear layer."""
+        return next(row for row in self.layers if row.name == name)
 
-def _positions(model: nn.Module, image: Tensor) -> tuple[dict[str, int], int]:
-    """How often each weight of a convolution or linear layer is used in one forward pass, by name; and all its MACs."""
-    found: dict[str, int] = defaultdict(int)
+    def size_function(self, by: By = "params", names: Collection[str] | None = None) -> "CostPolynomial":
+        """``parameters`` or ``macs`` as a function of the widths of ``names``, in the order of ``widths``.
 
-    def count(name: str, module: nn.Module, output: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            found[name] += output.numel() // module.out_features
+        Args:
+            by: "params" or "macs".
+            names: what the function's arguments are the widths of, by default of all; the others are dense.
+
+        Raises:
+            ConfigError: another ``by``, or an unknown name.
+        """
+        if by not in ("params", "macs"):
+            raise ConfigError(f"by is {by!r}; choose 'params' or 'macs'.")
+        check_names(names or (), self.widths)
+        place = {name: i for i, name in enumerate(n for n in self.widths if names is None or n in names)}
+        fixed = {name: width for name, width in self.widths.items() if name not in place}
+        size = CostPolynomial(len(place), self.fixed_parameters if by == "params" else self.fixed_macs)
+        for layer in self.layers:
+            weight = layer.kernel * (layer.is_trained if by == "params" else layer.positions)
+            vectors = layer.vectors if by == "params" else 0
+            outputs, inputs = layer.outputs.fixing(fixed), layer.inputs.fixing(fixed)
+            size.constant += weight * outputs.fixed * inputs.fixed + vectors * outputs.fixed
+            for name, each in outputs.per_unit.items():
+                size.linear[place[name]] += each * (weight * inputs.fixed + vectors)
+            for name, each in inputs.per_unit.items():
+                size.linear[place[name]] += each * weight * outputs.fixed
+                for other, times in outputs.per_unit.items():
+                    size.add_pair(place[name], place[other], each * times * weight)
+        return size
+
+
+class CostPolynomial:
+    """A cost multiplied out, of degree two: made for searches, which ask for it very often.
+
+    Attributes:
+        constant, linear, pairs: its terms; ``pairs[i][j]`` is the factor of ``widths[i] * widths[j]``, for i != j in
+            both of its places.
+    """
+
+    def __init__(self, number: int, constant: float):
+        self.constant, self.linear = constant, [0] * number
+        self.squares: list[float] = [0] * number
+        self.pairs: list[dict[int, float]] = [defaultdict(int) for _ in range(number)]
+
+    def add_pair(self, i: int, j: int, factor: float) -> None:
+        if i == j:
+            self.squares[i] += factor
+        elif factor:
+            self.pairs[i][j] += factor
+            self.pairs[j][i] += factor
+
+    def __call__(self, widths: Sequence[int]) -> int:
+        """The size at these widths.
+
+        Raises:
+            ConfigError: they are not one number for each name.
+        """
+        if len(widths) != len(self.linear):
+            raise ConfigError(f"widths has {len(widths)} numbers; this network takes {len(self.linear)}.")
+        total = self.constant
+        for i, width in enumerate(widths):
+            total += width * (self.linear[i] + self.squares[i] * width)
+            total += width * sum(factor * widths[j] for j, factor in self.pairs[i].items() if j < i)
+        return round(total)
+
+    def change(self, widths: Sequence[int], i: int, width: int) -> float:
+        """How much larger the size is with ``width`` in place of ``widths[i]``."""
+        slope = self.linear[i] + sum(factor * widths[j] for j, factor in self.pairs[i].items())
+        return (width - widths[i]) * (slope + self.squares[i] * (width + widths[i]))
+
+
+def _positions(anatomy: Anatomy) -> tuple[dict[str, float], float]:
+    """How often each layer's weights are used for one example, by name; and all the network's multiply-accumulates."""
+    found: dict[str, float] = defaultdict(int)
+    batch = max(1, len(tensors_in(anatomy.inputs)[0]))
+
+    def count(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        if getattr(module, "transposed", False):  # each value that is read meets every weight of its channel
+            found[name] += given.numel() // module.in_channels
         else:
-            found[name] += math.prod(output.shape[2:])
+            found[name] += output.numel() // outputs_of(module)
 
     handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: count(name, module, output))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        module.register_forward_hook(lambda module, given, output, name=name: count(name, module, given[0], output))
+        for name, module in anatomy.model.named_modules()
+        if isinstance(module, LAYERS)
     ]
     counter = FlopCounterMode(display=False)  # as counting.count_macs does
     try:
-        with torch.no_grad(), evaluation_mode(model), counter:
-            model(image)
+        with torch.no_grad(), evaluation_mode(anatomy.model), counter:
+            call(anatomy.model, anatomy.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return found, counter.get_total_flops() // 2
+    per_example = {name: _ratio(positions, batch) for name, positions in found.items()}
+    return per_example, _ratio(counter.get_total_flops() // 2, batch)
 
 
-def _coupled(
-    model: nn.Module, image: Tensor, layers: Mapping[str, int]
-) -> dict[str, dict[tuple[str, bool], tuple[str, int]]]:
-    """Which layers' channels go with a filter: module name -> {(prunable layer, at the output): channels a filter}."""
-    graph = trace_dependencies(model, image)
-    found: dict[str, dict] = defaultdict(dict)
-    for layer in layers:
-        channels: dict[tuple[str, bool], set[int]] = defaultdict(set)
-        group = graph.get_pruning_group(model.get_submodule(layer), torch_pruning.prune_conv_out_channels, [0])
-        for dependency, indices in group:
-            module = dependency.target.module
-            name = graph._module2name.get(module)
-            if isinstance(module, nn.Module) and list(module.parameters(recurse=False)):
-                outputs = not isinstance(module, nn.Conv2d | nn.Linear) or graph.is_out_channel_pruning_fn(
-                    dependency.handler
-                )
-                channels[name, outputs or _is_depthwise(module)].update(indices)
-        for (name, outputs), indices in channels.items():
-            found[name][layer, outputs] = len(indices)
-    return found
+def _ratio(number: int, batch: int) -> float:
+    """A quotient that stays a whole number where it is one."""
+    return number / batch if number % batch else number // batch
 
 
 def _row(
-    name: str, module: nn.Module, coupled: Mapping[tuple[str, bool], int], positions: int, widths: Mapping[str, int]
+    name: str, module: nn.Module, sides: Mapping[str, Mapping[str, int]], positions: float, units: Mapping[str, int]
 ) -> LayerCost | None:
-    """The module's row, or None if its cost is the same at all filter counts."""
+    """The module's row, or None if its cost is the same at all widths.
 
-    def channels(count: int, outputs: bool) -> Channels:
-        per_filter = {layer: each for (layer, at_output), each in coupled.items() if at_output == outputs}
-        return Channels(count - sum(each * widths[layer] for layer, each in per_filter.items()), per_filter)
+    Args:
+        sides: "in" and "out" -> the groups that its channels go with -> how many for each unit.
+        units: of the dense network's groups.
+    """
 
-    if isinstance(module, nn.Linear):
-        sides = channels(module.out_features, True), channels(module.in_features, False)
+    def channels(count: int, side: str, groups: int = 1) -> Channels:
+        per_unit = {group: each // groups for group, each in sides.get(side, {}).items()}
+        return Channels(count - sum(each * units[group] for group, each in per_unit.items()), per_unit)
+
+    if isinstance(module, LAYERS):
         bias = module.bias is not None and module.bias.requires_grad
-        return LayerCost(name, *sides, 1, positions, int(bias), module.weight.requires_grad)
-    if isinstance(module, nn.Conv2d):
-        sides = channels(module.out_channels, True), channels(module.in_channels // module.groups, False)
-        bias = module.bias is not None and module.bias.requires_grad
-        kernel = math.prod(module.kernel_size)
-        return LayerCost(name, *sides, kernel, positions, int(bias), module.weight.requires_grad)
+        outputs = channels(outputs_of(module), "out")
+        if isinstance(module, nn.Linear):
+            inputs, kernel = channels(module.in_features, "in"), 1
+        else:
+            inputs_of_one = module.in_channels // module.groups
+            own = is_depthwise(module)  # its inputs are its outputs
+            inputs = Channels(inputs_of_one, {}) if own else channels(inputs_of_one, "in", module.groups)
+            kernel = math.prod(module.kernel_size)
+        return LayerCost(name, outputs, inputs, kernel, positions, int(bias), module.weight.requires_grad)
     parameters = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-    if not coupled or not parameters:
+    if not sides or not parameters:
         return None
-    count = len(parameters[0])  # a norm's channels
+    count = parameters[0].shape[-1]  # a norm's or an embedding's channels
     numbers = sum(parameter.numel() for parameter in parameters)
     if count == 1:  # a PReLU with one slope for all channels
         return None
-    return LayerCost(name, channels(count, True), Channels(1, {}), 0, 0, numbers // count)
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+    return LayerCost(name, channels(count, "out"), Channels(1, {}), 0, 0, numbers // count)

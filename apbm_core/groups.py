@@ -7,6 +7,7 @@ of channels, ties a channel to one in each group: such channels are a *unit* of 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm, prod
@@ -198,13 +199,13 @@ def _group(graph, layer: nn.Module, names: Mapping, calls: int, coupled: bool) -
 
 def _sides(graph, items: Collection, names: Mapping) -> dict[tuple[str, str], int]:
     """(module or parameter, "in", "out" or "itself") -> of how many of its channels torch-pruning speaks."""
-    sides = {}
+    sides = defaultdict(set)  # a layer that reads channels twice loses both copies
     for item in items:
         label, is_out = names.get(item.dep.target.module), graph.is_out_channel_pruning_fn(item.dep.handler)
         if label is not None:
             side = "itself" if item.dep.target.type == OPTYPE.PARAMETER else "out" if is_out else "in"
-            sides[label, side] = len(item.idxs)
-    return sides
+            sides[label, side].update(item.idxs)
+    return {side: len(channels) for side, channels in sides.items()}
 
 
 def layer_groups(layer: nn.Module) -> int:

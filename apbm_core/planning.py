@@ -5,7 +5,7 @@ Sizes are computed (costs.py); latency is measured on networks that are cut for 
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from statistics import median
@@ -16,13 +16,17 @@ from torch import nn
 
 from apbm_core import similarity
 from apbm_core.anatomy import Anatomy, check_names
+from apbm_core.costs import CostTable
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import call, evaluation_mode
-from apbm_core.group_costs import GroupCosts
 from apbm_core.groups import Group, outputs_of
+from apbm_core.width_rules import balanced_path, balanced_widths, entropy_budget_widths, uniform_widths
+from apbm_core.widths import WidthProblem
 
 By = Literal["params", "macs", "latency"]
 Rule = Literal["uniform", "balanced", "entropy"]
+
+_LATENCY_TOLERANCE = 0.02  # in shares of the dense network's: what its measurements differ by
 
 
 def plan(
@@ -121,7 +125,7 @@ def units_for_target(
     min_filters: int = 1,
     multiple: int = 1,
 ) -> dict[str, int]:
-    """How many units each named group keeps so that ``target`` of the size is removed, as near as it goes.
+    """How many units each named group keeps so that ``target`` of the size is removed, and hardly more.
 
     Args:
         target: the share of the parameters, MACs or latency to remove, in (0, 1).
@@ -139,67 +143,28 @@ def units_for_target(
         raise ConfigError(
             f"by = {by!r}, widths = {rule!r}; by is params, macs or latency, widths uniform, balanced or entropy."
         )
-    groups = [anatomy.groups[name] for name in names]
-    redundancy = {g.name: _redundancy(anatomy, g) for g in groups} if rule == "entropy" else {}
-    dear = dict.fromkeys((g.name for g in groups), 1.0)
-    costs = GroupCosts(anatomy)
+    costs = CostTable.of(anatomy)
+    groups = [anatomy.groups[name] for name in costs.widths if name in names]
+    dense, limits = [group.units for group in groups], {"multiple": multiple, "minimum": min_filters}
+    limits["copies"] = [group.copies for group in groups]
 
-    def units_at(strength: float) -> dict[str, int]:
-        """From all units at 0 to the fewest at 1."""
-        found = {}
-        for group in groups:
-            if rule == "balanced":
-                most = max(g.units / dear[g.name] for g in groups)
-                found[group.name] = allowed_units(
-                    group, (1 - strength) * most * dear[group.name], min_filters, multiple
-                )
-                continue
-            exponent = strength / (1 - strength) if strength < 1 else math.inf
-            share = (1 - redundancy[group.name]) ** exponent if rule == "entropy" else 1 - strength
-            found[group.name] = allowed_units(group, share * group.units, min_filters, multiple)
-        return found
+    def named(widths: Sequence[int]) -> dict[str, int]:
+        return {group.name: width for group, width in zip(groups, widths, strict=True)}
 
-    def size(units: Mapping[str, int]) -> float:
-        if by == "latency":
-            return _latency(anatomy, units)
-        return costs.parameters(units) if by == "params" else costs.macs(units)
-
-    budget = (1 - target) * size({})
-    least = size(units_at(1.0))
-    if least > budget * 1.02:
-        raise ConfigError(
-            f"cannot remove {target:.1%} of the {by}: {1 - least / size({}):.1%} is the most that these layers give. "
-            "Lower the target or min_filters."
-        )
-    for _ in range(4 if rule == "balanced" else 1):
-        low, high = 0.0, 1.0
-        for _ in range(8 if by == "latency" else 30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if size(units_at(middle)) > budget else (low, middle)
-        units = units_at(high)
-        if rule == "balanced":  # 1 / sqrt(what another unit costs): where sum 1 / keep is least at this size
-            price = costs.macs if by == "macs" else costs.parameters
-            for g in groups:
-                step = 1 if units[g.name] < g.units else -1
-                more = abs(price(units | {g.name: units[g.name] + step}) - price(units))
-                dear[g.name] = (max(more, 1) * g.copies) ** -0.5
-    return units if by == "latency" else _nearest(groups, units, size, budget, min_filters, multiple)
-
-
-def _nearest(groups, units, size, budget, min_filters, multiple) -> dict[str, int]:
-    """Add a step to single groups, each that brings the size closest to the budget from below, while one does."""
-    while True:
-        best, gap = None, budget - size(units)
-        for group in groups:
-            more = allowed_units(group, units[group.name] + 1, min_filters, multiple)
-            if more > units[group.name]:
-                candidate = units | {group.name: more}
-                left = budget - size(candidate)
-                if 0 <= left < gap:
-                    best, gap = candidate, left
-        if best is None:
-            return units
-        units = best
+    if by == "latency":
+        measured = {"tolerance": _LATENCY_TOLERANCE, "is_measured": True}
+        size = lambda widths: _latency(anatomy, named(widths))  # noqa: E731
+        problem = WidthProblem(dense, size, target, **limits, **measured)
+    else:
+        problem = WidthProblem(dense, costs.size_function(by, names), target, **limits, from_below=True)
+    if rule == "entropy":
+        solution = entropy_budget_widths(problem, [_redundancy(anatomy, group) for group in groups])
+    elif rule == "balanced" and by == "latency":  # what another filter takes is too little to measure
+        path = list(balanced_path(WidthProblem(dense, costs.size_function("params", names), 0.0, **limits)))
+        solution, _ = problem.meet_along(lambda share: path[min(round(share * len(path)), len(path) - 1)])
+    else:
+        solution = balanced_widths(problem) if rule == "balanced" else uniform_widths(problem)
+    return named(solution.widths)
 
 
 def allowed_units(group: Group, wanted: float, min_filters: int = 1, multiple: int = 1) -> int:
@@ -279,16 +244,14 @@ class Plan:
 
 def plan_of(anatomy: Anatomy, units: Mapping[str, int]) -> Plan:
     """The table of what keeping so many units of these groups would come to."""
-    costs, rows, modules = GroupCosts(anatomy), [], dict(anatomy.model.named_modules())
-    group_of = {layer: group for group in anatomy.groups.values() for layer in group.layers}
+    costs, rows, modules = CostTable.of(anatomy), [], dict(anatomy.model.named_modules())
+    at, group_of = costs.complete(units), {layer: group for group in anatomy.groups.values() for layer in group.layers}
     for name, reason in anatomy.reasons.items():
-        group, (parameters, macs) = group_of.get(name), costs.of_layer(name, units)
-        filters = outputs_of(modules[name])
-        kept = round(filters * costs.left(name, "out", units))
+        group, row = group_of.get(name), costs.row(name)
         why = reason or ("" if group.name in units else "not asked for")
-        label = group.name if group else ""
         rows.append(
-            {"layer": name, "group": label, "filters": filters, "kept": kept}
-            | {"parameters": parameters, "MACs": macs, "why not": why}
+            {"layer": name, "group": group.name if group else "", "filters": outputs_of(modules[name])}
+            | {"kept": row.outputs.at(at), "parameters": row.parameters(at), "MACs": round(row.macs(at))}
+            | {"why not": why}
         )
-    return Plan(tuple(rows), (costs.parameters({}), costs.parameters(units)), (costs.macs({}), costs.macs(units)))
+    return Plan(tuple(rows), (costs.parameters(), costs.parameters(units)), (costs.macs(), costs.macs(units)))

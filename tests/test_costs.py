@@ -120,6 +120,32 @@ def test_stripes_replace_the_weights_of_their_layer_alone():
     assert costs.parameters(widths, stripes) == expected
 
 
+def test_what_is_read_twice_is_lost_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.last(self.second(torch.cat([x, x], 1)).relu())
+
+    model, image = Twice(), torch.zeros(1, 3, 8, 8)
+    assert_priced(model, image, CostTable.trace(model, image), {"first": 2, "second": 3})
+
+
+@pytest.mark.parametrize("by", ["params", "macs"])
+def test_a_size_function_knows_what_one_width_changes_and_some_of_the_widths(by):
+    costs, names = cost_table("vgg16", 10), ["features.conv2", "features.conv3", "features.conv9"]
+    assert set(names) < set(costs.widths)
+    some, every = costs.size_function(by, names), costs.size_function(by)
+    widths = random_widths([costs.widths[name] for name in names])
+    assert some(widths) == every(list((costs.widths | dict(zip(names, widths, strict=True))).values()))
+    for place, width in enumerate(random_widths(widths)):
+        changed = [*widths[:place], width, *widths[place + 1 :]]
+        assert some.change(widths, place, width) == some(changed) - some(widths)
+
+
 def test_asking_for_a_size_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     cost_table("resnet20", 31)
@@ -130,6 +156,8 @@ def test_it_rejects_what_it_cannot_count():
     costs = cost_table("resnet20", 10)
     with pytest.raises(ConfigError, match="by is 'flops'"):
         costs.size_function("flops")
+    with pytest.raises(ConfigError, match="no layer is called 'layer1'"):
+        costs.size_function("macs", ["layer1"])
     with pytest.raises(ConfigError, match="2 numbers; this network takes 9"):
         costs.size_function()([3, 4])
     with pytest.raises(ConfigError, match="no layer is called 'layer1'"):

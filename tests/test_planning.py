@@ -6,9 +6,9 @@ from torch import nn
 
 import apbm_core
 from apbm_core.anatomy import Anatomy
+from apbm_core.costs import CostTable
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.errors import ConfigError
-from apbm_core.group_costs import GroupCosts
 from apbm_core.planning import units_for_target
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def cut(anatomy, units):
 def test_sizes_are_those_of_the_network_that_is_cut(anatomy, share):
     assert set(anatomy.groups) == {"stem", "inner", "grouped", "up", "side"}
     units = {name: max(1, round(share * group.units)) for name, group in anatomy.groups.items()}
-    costs, small = GroupCosts(anatomy), cut(anatomy, units)
+    costs, small = CostTable.of(anatomy), cut(anatomy, units)
     assert costs.parameters({}) == count_parameters(anatomy.model)
     assert costs.parameters(units) == count_parameters(small)
     assert costs.macs({}) == count_macs(anatomy.model, (3, 16, 16))
@@ -78,10 +78,10 @@ def test_latency_is_a_target_too(anatomy, monkeypatch):
     from apbm_core import planning
 
     monkeypatch.setattr(
-        planning, "_latency", lambda anatomy, units: 5 + GroupCosts(anatomy).macs(units)
+        planning, "_latency", lambda anatomy, units: 5 + CostTable.of(anatomy).macs(units)
     )  # a clock of its own
     units = units_for_target(anatomy, list(anatomy.groups), 0.5, "latency")
-    macs = GroupCosts(anatomy).macs
+    macs = CostTable.of(anatomy).macs
     assert 0.5 <= 1 - macs(units) / macs({}) < 0.6
 
 

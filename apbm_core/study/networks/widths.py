@@ -1,6 +1,6 @@
 """How many filters each layer of a network of the study keeps: by a rule that meets a target, or as published.
 
-The rules themselves serve any network and live in :mod:`apbm_core.widths`.
+The rules themselves serve any network and live in :mod:`apbm_core.width_rules`.
 """
 
 import functools
@@ -13,15 +13,8 @@ from types import MappingProxyType
 from apbm_core.errors import ConfigError
 from apbm_core.study.networks.models import cost_table, dense_widths
 from apbm_core.study.networks.published_widths import PUBLISHED_WIDTHS
-from apbm_core.widths import (
-    SizeFunction,
-    WidthProblem,
-    WidthSolution,
-    balanced_widths,
-    entropy_budget_widths,
-    marginal_utility_widths,
-    uniform_widths,
-)
+from apbm_core.width_rules import balanced_widths, entropy_budget_widths, marginal_utility_widths, uniform_widths
+from apbm_core.widths import SizeFunction, WidthProblem, WidthSolution
 
 SOLVERS = MappingProxyType({"uniform": uniform_widths, "balanced": balanced_widths})
 

@@ -17,13 +17,8 @@ from apbm_core.errors import ConfigError
 from apbm_core.study.networks.models import build_model, cost_table, dense_widths
 from apbm_core.study.networks.published_widths import widths_from_rates
 from apbm_core.study.networks.widths import marginal_utility_model_widths, solve_model_widths, width_problem
-from apbm_core.widths import (
-    WidthProblem,
-    balanced_widths,
-    entropy_budget_widths,
-    marginal_utility_widths,
-    uniform_widths,
-)
+from apbm_core.width_rules import balanced_widths, entropy_budget_widths, marginal_utility_widths, uniform_widths
+from apbm_core.widths import WidthProblem
 
 NETWORKS = st.tuples(st.sampled_from(["vgg16", "resnet56"]), st.sampled_from(["params", "macs"]))
 TARGETS = st.floats(0.1, 0.95)
