@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from apbm_core import similarity
 from apbm_core.errors import ConfigError
 from apbm_core.fusion_state import FusionState, LayerFusion
-from apbm_core.temperature import AnnealedTau, Schedule
+from apbm_core.temperature import AnnealedTau, TemperatureSchedule
 
 _ONE_HOT = 1e-6  # a row with less than this outside the kept filter is that filter, to float32's accuracy
 
@@ -35,7 +35,7 @@ class FusionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schedule: Schedule = Field(default_factory=AnnealedTau, discriminator="kind")
+    schedule: TemperatureSchedule = Field(default_factory=AnnealedTau, discriminator="kind")
     rescale: bool = Field(True, description="give the fused filters the mean norm of the kept ones")
 
     def fusion(self, n: int, m: int) -> "FilterFusion":

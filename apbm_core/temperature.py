@@ -64,4 +64,4 @@ class DcffTemperature(BaseModel):
         return False
 
 
-Schedule = AnnealedTau | DcffTemperature
+TemperatureSchedule = AnnealedTau | DcffTemperature

@@ -17,7 +17,7 @@ from apbm_core.study.training.stopping import Stopped
 from apbm_core.study.validation import describe_validation_error
 
 FORMAT = 1
-PUBLISHED = "results"
+PUBLISHED_RESULTS = "results"
 """The folder of the records that are committed, relative to the repository."""
 OWN = "results/own"
 """Where a reproduction writes unless told otherwise: git ignores it."""

@@ -12,7 +12,7 @@ from apbm_core.study.ablation import design, tables
 from apbm_core.study.ablation.variants import VARIANTS
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
-from apbm_core.study.records import PUBLISHED
+from apbm_core.study.records import PUBLISHED_RESULTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bed", default="resnet20", help=f"where to compare: {', '.join(design.BEDS)}")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="all by default")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(design.SEEDS), metavar="SEED")
-    parser.add_argument("--folder", default=f"{PUBLISHED}/{design.FOLDER}", help="where the records are")
+    parser.add_argument("--folder", default=f"{PUBLISHED_RESULTS}/{design.FOLDER}", help="where the records are")
     given = parser.parse_args(arguments)
     try:
         wanted = design.configs(given.bed, given.variants, given.seeds)

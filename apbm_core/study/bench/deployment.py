@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.export import onnx_bytes, onnx_call, why_no_onnx
-from apbm_core.study.bench.measure import Settings, Table, interleave, verdict
+from apbm_core.study.bench.measure import Settings, Table, goal, interleave
 from apbm_core.study.bench.steps import TARGETS, network
 from apbm_core.study.networks.models import prunable_convs
 from apbm_core.study.training.device import CompiledForward
@@ -56,7 +56,7 @@ def deployment(settings: Settings, networks: Mapping[str, tuple[str, ...]] = NET
     table.notes += [
         f"Latency: of {10 if settings.quick else _LATENCY_CALLS} single calls. realised: the gain in images/s over the "
         "ratio of the MACs.",
-        *_verdicts(table, networks),
+        *_goals(table, networks),
         *_missing_runtimes(settings),
         *([] if settings.compile else ["torch.compile was left out, for compiling takes minutes: add --compile."]),
     ]
@@ -65,7 +65,7 @@ def deployment(settings: Settings, networks: Mapping[str, tuple[str, ...]] = NET
     return [table, rounding]
 
 
-def _verdicts(table: Table, networks: Mapping[str, tuple[str, ...]]) -> list[str]:
+def _goals(table: Table, networks: Mapping[str, tuple[str, ...]]) -> list[str]:
     """How much of the MACs' ratio each network realises at its best, and what was tried where that is too little."""
     sentences = []
     for name, kinds in networks.items():
@@ -79,7 +79,7 @@ def _verdicts(table: Table, networks: Mapping[str, tuple[str, ...]]) -> list[str
         ]
         what = f"{name}, {rows[0]['network'].split()[-1]} in {rows[0]['runtime']}: of the MACs' ratio realised, %"
         sentences.append(
-            verdict(what, rows[0]["realised %"], _REALISED_GOAL, at_least=True, otherwise=f"Tried: {'; '.join(tried)}.")
+            goal(what, rows[0]["realised %"], _REALISED_GOAL, at_least=True, otherwise=f"Tried: {'; '.join(tried)}.")
         )
     return sentences
 

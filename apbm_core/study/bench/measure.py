@@ -107,7 +107,7 @@ def interleave(cases: Mapping[str, Callable[[], object]], settings: Settings) ->
     return {name: Measured(tuple(values)) for name, values in seconds.items()}
 
 
-def verdict(what: str, measured: Measured, limit: float, *, at_least: bool = False, otherwise: str = "") -> str:
+def goal(what: str, measured: Measured, limit: float, *, at_least: bool = False, otherwise: str = "") -> str:
     """Whether the median keeps within ``limit``, as a sentence; where it does not, followed by ``otherwise``."""
     is_met = measured.median >= limit if at_least else measured.median <= limit
     bound = "at least" if at_least else "at most"

@@ -98,11 +98,11 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
         "Ours: fused, trained a step, scored again, compacted. Fused against compact: the largest difference of their "
         "outputs over the largest output. Left alone: layers that keep all of their filters, those of the outputs "
         "among them.",
-        f"Goal: runs, or names the reason, on all. {_verdict(len(named) == len(rows))}: {len(named)} of {len(rows)}.",
+        f"Goal: runs, or names the reason, on all. {_met(len(named) == len(rows))}: {len(named)} of {len(rows)}.",
         f"Goal: median share removed, what does not run counted as 0: at least {GOALS['removed']:g}. "
-        f"{_verdict(share >= GOALS['removed'])}: {share:.3f}"
+        f"{_met(share >= GOALS['removed'])}: {share:.3f}"
         + (f" (torch-pruning's: {median([r.get('torch-pruning') or 0.0 for r in rows]):.3f})." if rows else "."),
-        f"Goal: fused and compact agree to {GOALS['difference']:g} on all. {_verdict(not unequal)}"
+        f"Goal: fused and compact agree to {GOALS['difference']:g} on all. {_met(not unequal)}"
         + (f": {', '.join(unequal)} do not." if unequal else f": {len(ours)} of {len(ours)}."),
     ]
     missing = [name for name in ZOO if not _is_installed(name)]
@@ -169,7 +169,7 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 3)
 
 
-def _verdict(is_met: bool) -> str:
+def _met(is_met: bool) -> str:
     return "Met" if is_met else "Missed"
 
 

@@ -14,7 +14,7 @@ from apbm_core.compress import rescore
 from apbm_core.errors import DataError
 from apbm_core.fusion import FusionSettings, fused_layers
 from apbm_core.similarity import log_similarity, pairwise_distances, relative_entropy
-from apbm_core.study.bench.measure import Measured, Settings, Table, interleave, verdict
+from apbm_core.study.bench.measure import Measured, Settings, Table, goal, interleave
 from apbm_core.study.bench.steps import TARGETS, fastest_step, fused_network, recipe_for
 from apbm_core.study.data.datasets import DataSplit, load_dataset
 from apbm_core.study.grid.workers import run_side_by_side
@@ -61,8 +61,8 @@ def rescoring(settings: Settings) -> list[Table]:
     rate = seconds["rescore"].map(lambda s: gflop / s).median
     profile = f"The distances' products of each bank with itself are {gflop:.1f} GFLOP: {rate:.0f} GFLOP/s in all."
     table.notes += [
-        verdict("one rescoring, % of an epoch's time", share, 1.0, otherwise=profile),
-        verdict("times as fast as the loop", literal / seconds["rescore"], 100.0, at_least=True, otherwise=profile),
+        goal("one rescoring, % of an epoch's time", share, 1.0, otherwise=profile),
+        goal("times as fast as the loop", literal / seconds["rescore"], 100.0, at_least=True, otherwise=profile),
         f"The epoch: {EPOCH_IMAGES:,} images in steps of {settings.batch_size} of the fused network, rescored once. "
         "The loop goes over all pairs of filters on the CPU, a distance and a divergence each, as vectors; about "
         f"{_LOOP_PAIRS:,} pairs of every layer were measured and scaled to its n^2. A loop over the n^3 single terms "
@@ -229,7 +229,7 @@ def _ranks(model: nn.Module, images: Tensor, settings: Settings) -> Table:
     table.notes += [
         f"Maps of {len(images)} images; the loop ranked {_LOOP_MAPS} evenly spaced ones of each layer, its time is "
         "scaled to all. The ranks of those are compared, too.",
-        verdict(
+        goal(
             "times as fast over all layers", loop / batch, _RANKS_GOAL, at_least=True,
             otherwise=f"The least is gained in {slowest['layer']}, on maps of {slowest['map']}: "
             f"{slowest['times as fast'].median:.1f} times, {slowest['batched, ms'].median:.0f} of "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from apbm_core.counting import count_macs, count_parameters
-from apbm_core.study.bench.measure import Measured, Settings, Table, interleave, seconds_of_one, verdict
+from apbm_core.study.bench.measure import Measured, Settings, Table, goal, interleave, seconds_of_one
 from apbm_core.study.bench.steps import TARGETS, TrainingStep, fastest_step, network, random_split, recipe_for
 from apbm_core.study.training.lowering import (
     CLEARLY_FASTER,
@@ -137,7 +137,7 @@ def _add_rates(
         )
     if (name, kind) == ("vgg16", "slim"):
         gain = seconds[name, "dense", _CHOSEN] / seconds[name, kind, _CHOSEN]
-        table.notes.append(verdict("vgg16 slim, times dense, both as chosen", gain, _SLIM_GOAL, at_least=True))
+        table.notes.append(goal("vgg16 slim, times dense, both as chosen", gain, _SLIM_GOAL, at_least=True))
     if kind == "dense" and name in _GOALS:
         took = seconds[name, kind, _CHOSEN]
         tried = [
@@ -152,7 +152,7 @@ def _add_rates(
             else f"; the step reaches {rate:.0f} % of that rate; the section 'profile' says what else takes time"
         )
         table.notes.append(
-            verdict(
+            goal(
                 f"{name} dense, times {_BASE}, as chosen", base / took, _GOALS[name], at_least=True,
                 otherwise=f"Tried, in the same unit: {'; '.join(tried)}. A step of nothing but matrix products in "
                 f"{chosen.precision} would be {ceiling.median:.2f} times as fast{bound}.",
@@ -161,7 +161,7 @@ def _add_rates(
         usual = seconds.get((name, kind, _USUAL))
         if usual and name == "vgg16":
             table.notes.append(
-                verdict(
+                goal(
                     f"{name} dense, times {_USUAL}, as chosen", usual / took, _USUAL_GOAL, at_least=True,
                     otherwise=f"The step reaches {rate:.0f} % of the matrix product's rate here, which leaves a factor "
                     f"of {100 / rate:.2f}.",

@@ -11,7 +11,7 @@ from apbm_core.compress import collapse, compact, rescore
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.forward import evaluation_mode
 from apbm_core.fusion import fused_layers
-from apbm_core.study.bench.measure import Settings, Table, interleave, verdict
+from apbm_core.study.bench.measure import Settings, Table, goal, interleave
 from apbm_core.study.bench.steps import (
     MEAN,
     STD,
@@ -75,20 +75,20 @@ def fusion_cost(settings: Settings) -> list[Table]:
     rate = seconds[_MIX].map(lambda s: 2e-9 * products / s)
     banks = sum(conv.parametrizations.weight.original.nbytes for _, conv, _ in fused_layers(mixing))
     table.notes += [
-        verdict(
+        goal(
             "fusion's forward pass while P is dense, % of the plain step",
             (seconds[_MIX] / plain).map(_percent),
             3.0,
             otherwise=f"Its multiply-accumulates alone are {100 * share:.1f} % of the network's forward and backward "
             f"pass at this batch size; they run at {rate.median:.0f} GFLOP/s, laid out so that nothing is copied.",
         ),
-        verdict(
+        goal(
             "its forward pass once P is a selection, % of the plain step",
             (seconds[_SELECT] / plain).map(_percent),
             0.5,
             otherwise=f"It copies the kept filters out of {banks / 1e6:.0f} MB of banks.",
         ),
-        verdict(
+        goal(
             "its forward pass once P is frozen and the banks are dropped (collapse), % of the plain step",
             (seconds[_DROPPED] / plain).map(_percent),
             0.1,
@@ -138,7 +138,7 @@ def input_pipeline(settings: Settings) -> list[Table]:
     inputs.notes += [
         f"Random crop, flip and normalisation of {settings.source_images:,} resident images; each epoch's permutation "
         "is included.",
-        verdict(
+        goal(
             "augmented batch, % of the step",
             share,
             3.0,
@@ -180,7 +180,7 @@ def _evaluation(split: DataSplit, settings: Settings) -> Table:
             **{"images/s": took.map(lambda s: len(images) / s)},
         )
     table.notes.append(
-        verdict(
+        goal(
             "evaluate(), of the forward passes' speed",
             forward / seconds["evaluate()"],
             0.95,

@@ -41,7 +41,7 @@ START = 0.5  # where the scales start
 _SPARSE_SHARE = 2 / 3  # of the epochs, on the equal schedule; the rest is fine-tuning
 
 # methods.md 4: (lambda, t), and the fine-tuning's learning rate
-_PUBLISHED = {"vgg": (3e-5, 1.5, 5e-4), "resnet": (5e-5, 1.4, 1e-3)}
+_PUBLISHED_SETTINGS = {"vgg": (3e-5, 1.5, 5e-4), "resnet": (5e-5, 1.4, 1e-3)}
 _SEARCH_RANGE, _SEARCH_T, _SEARCH_T_STEP = (0.0, 2e-4), 1.2, 0.1
 _SPARSE_RECIPE = {
     "batch_size": 128, "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "steps",
@@ -240,7 +240,7 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> tuple[f
 
 
 def _published_settings(model_name: str, options: Options) -> tuple[float, float, float]:
-    strength, t, tuning_rate = _PUBLISHED["vgg" if model_name.startswith("vgg") else "resnet"]
+    strength, t, tuning_rate = _PUBLISHED_SETTINGS["vgg" if model_name.startswith("vgg") else "resnet"]
     strength = strength if options.strength is None else options.strength
     return strength, t if options.t is None else options.t, tuning_rate
 

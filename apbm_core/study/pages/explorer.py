@@ -23,7 +23,7 @@ from apbm_core.study.grid.profiles import repository
 from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.storage import load_compact
 from apbm_core.study.pages.html_page import TEMPLATES
-from apbm_core.study.records import PUBLISHED, TRAINED, RunRecord, read_record
+from apbm_core.study.records import PUBLISHED_RESULTS, TRAINED, RunRecord, read_record
 from apbm_core.study.report.frames import label_model
 from apbm_core.study.report.kernel import epochs_bar
 from apbm_core.study.training.loop import train
@@ -114,7 +114,7 @@ def network_to_explore(file: str | Path | None = None, results: Path | None = No
     if file is not None:
         return {"as stored": load_compact(file)}, f"The network in {file}."
     root = repository()
-    results = results or (root or Path()) / PUBLISHED
+    results = results or (root or Path()) / PUBLISHED_RESULTS
     for path in sorted((results / TRAINED / "runs").glob("*.json")):
         record = read_record(path)
         if moments := recorded_moments(record, results / TRAINED):

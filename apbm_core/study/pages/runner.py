@@ -37,7 +37,7 @@ from apbm_core.study.pages import front
 from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.execution import execute
 from apbm_core.study.pages.sources import Reproduction, Source, check_sources, displayed, prepare
-from apbm_core.study.records import OWN, PUBLISHED, read_record
+from apbm_core.study.records import OWN, PUBLISHED_RESULTS, read_record
 from apbm_core.study.report.frames import beside_published
 from apbm_core.study.training import stopping
 from apbm_core.study.training.stopping import Stopped
@@ -217,7 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, text in known.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--profile", default="quick", help="a file in notebooks/profiles (default: %(default)s)")
-        folder = PUBLISHED if name == "report" else OWN
+        folder = PUBLISHED_RESULTS if name == "report" else OWN
         command.add_argument("--results", default=folder, help="folder for the results (default: %(default)s)")
         command.add_argument("--only", metavar="NOTEBOOK", action="append", default=[], help="may be given repeatedly")
         command.add_argument("-p", dest="assignments", metavar="NAME=VALUE", action="append", default=[])

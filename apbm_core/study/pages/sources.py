@@ -23,7 +23,7 @@ from apbm_core.study.grid.profiles import (
     parse_assignments,
     profile_names,
 )
-from apbm_core.study.records import OWN, PUBLISHED
+from apbm_core.study.records import OWN, PUBLISHED_RESULTS
 
 CELL = ("profile", "results", "changes")
 """What the parameters cell of every notebook of the study assigns."""
@@ -81,7 +81,7 @@ class Reproduction:
     @property
     def published(self) -> Path:
         """Where the committed records of this profile are, if there are any."""
-        return self.root / PUBLISHED / self.profile
+        return self.root / PUBLISHED_RESULTS / self.profile
 
     def parameters(self) -> dict[str, Any]:
         """The parameters to inject into a notebook."""

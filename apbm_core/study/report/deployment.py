@@ -161,7 +161,7 @@ def measure_files(
     return rows
 
 
-def verdict(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "apbm") -> str:
+def summary(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "apbm") -> str:
     """What :func:`measure_files`' rows, each with its ``method``, say in a sentence; speeds are the best formats'."""
     if not rows:
         return "No network was measured."

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apbm_core.fusion import FusionSettings
 from apbm_core.similarity import entropy
-from apbm_core.temperature import Schedule
+from apbm_core.temperature import TemperatureSchedule
 
 _KEPT, _OTHER = "#D55E00", "#999999"
 
@@ -98,11 +98,11 @@ def filter_pictures(rows: Mapping[str, Tensor], most: int = 10) -> Figure:
     return figure
 
 
-def schedule_course(schedules: Mapping[str, Schedule], weight: Tensor, epochs: int) -> Figure:
-    """What each schedule would do to this layer, epoch by epoch, if its filters did not move: self-mass, entropy, norm.
+def temperature_course(schedules: Mapping[str, TemperatureSchedule], weight: Tensor, epochs: int) -> Figure:
+    """What each temperature schedule would do to this layer, epoch by epoch, if its filters did not move.
 
     Args:
-        schedules: name -> schedule.
+        schedules: name -> temperature schedule.
         weight: the layer's filters, shape (n, c_in, k, k); half of them are kept.
         epochs: length of the training.
     """
@@ -126,7 +126,7 @@ def schedule_course(schedules: Mapping[str, Schedule], weight: Tensor, epochs: i
     return figure
 
 
-def _at(schedule: Schedule, weight: Tensor, progress: float) -> tuple[float, float, float]:
+def _at(schedule: TemperatureSchedule, weight: Tensor, progress: float) -> tuple[float, float, float]:
     fusion = FusionSettings(schedule=schedule, rescale=False).fusion(len(weight), max(1, len(weight) // 2))
     selected = fusion.choose(weight, progress)
     fusion.rescore(weight, progress, reselect=False)

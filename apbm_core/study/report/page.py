@@ -33,7 +33,7 @@ from apbm_core.study.grid.profiles import (
     repository,
 )
 from apbm_core.study.grid.run import environment
-from apbm_core.study.records import OWN, PUBLISHED, RunConfig, RunRecord
+from apbm_core.study.records import OWN, PUBLISHED_RESULTS, RunConfig, RunRecord
 from apbm_core.study.report import frames, kernel, style, tables
 
 
@@ -112,7 +112,7 @@ class Page:
     @property
     def published(self) -> Path:
         """Where the committed records of this profile are, if there are any."""
-        return from_root(PUBLISHED) / self.folder.name
+        return from_root(PUBLISHED_RESULTS) / self.folder.name
 
     def recorded(self) -> Path:
         """Where records are to be read: this page's folder, or, before it holds any, the published one."""

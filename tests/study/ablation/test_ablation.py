@@ -16,7 +16,7 @@ from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.grid.profiles import lay_over, load_profile
 from apbm_core.study.methods.apbm import Options
-from apbm_core.study.records import PUBLISHED, PhaseRecord, RunRecord
+from apbm_core.study.records import PUBLISHED_RESULTS, PhaseRecord, RunRecord
 
 
 def test_every_variant_is_a_different_run_on_every_bed():
@@ -141,7 +141,7 @@ def test_ingredients_are_pairs_of_variants_and_differ_in_what_they_name():
 
 def test_the_published_ablation_reads_as_it_was_recomputed():
     """Independently recomputed from the records: the noise, and which ingredients stand the correction."""
-    records = design.recorded(f"{PUBLISHED}/{design.FOLDER}", "resnet20")
+    records = design.recorded(f"{PUBLISHED_RESULTS}/{design.FOLDER}", "resnet20")
     records = {key: record for key, record in records.items() if record.finished < "2026-11-25T20"}  # as recomputed
     spread = tables.noise(records)
     assert spread.sd == pytest.approx(0.61, abs=0.01) and spread.df == pytest.approx(70, abs=2)

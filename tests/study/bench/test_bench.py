@@ -15,7 +15,15 @@ from apbm_core.similarity import log_similarity, pairwise_distances, relative_en
 from apbm_core.study.bench import measure
 from apbm_core.study.bench.__main__ import SECTIONS, BenchFile, file_name, main, run_sections
 from apbm_core.study.bench.deployment import deployment
-from apbm_core.study.bench.measure import Measured, Settings, Table, interleave, render_markdown, render_text, verdict
+from apbm_core.study.bench.measure import (
+    Measured,
+    Settings,
+    Table,
+    goal,
+    interleave,
+    render_markdown,
+    render_text,
+)
 from apbm_core.study.bench.profile import KINDS, kind_of, profile_step
 from apbm_core.study.bench.scoring import literal_importance
 from apbm_core.study.bench.steps import TrainingStep, fastest_step, network, random_split, recipe_for
@@ -237,7 +245,7 @@ def test_a_step_lowers_what_the_training_loop_lowers(monkeypatch):
     ],
 )
 def test_a_missed_goal_is_explained(at_least, limit, expected):
-    assert verdict("x", Measured((1.0, 2.0, 9.0)), limit, at_least=at_least, otherwise="Because.") == expected
+    assert goal("x", Measured((1.0, 2.0, 9.0)), limit, at_least=at_least, otherwise="Because.") == expected
 
 
 def test_the_literal_loop_gives_the_importance_it_is_timed_for():

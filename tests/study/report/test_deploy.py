@@ -194,7 +194,7 @@ def test_few_images_are_repeated_for_a_batch(written, monkeypatch):
         deployment.measure_files(written[1], build_like(written[0]), torch.zeros(0, 3, 32, 32))
 
 
-def test_the_verdict_compares_the_smallest_files_and_the_fastest_formats():
+def test_the_summary_compares_the_smallest_files_and_the_fastest_formats():
     def row(method, kilobytes, one, many, difference):
         return {
             "method": method,
@@ -205,9 +205,9 @@ def test_the_verdict_compares_the_smallest_files_and_the_fastest_formats():
         }
 
     rows = [row("dense", 900, 4.0, 90.0, 1e-7), row("dense", 800, 6.0, 60.0, 0.0)]
-    assert deployment.verdict(rows) == "All formats agree with the network to 1e-07 of its largest logit."
+    assert deployment.summary(rows) == "All formats agree with the network to 1e-07 of its largest logit."
     rows += [row("apbm", 400, 2.0, 50.0, 3e-6), row("apbm", 500, 3.0, 40.0, 0.0)]
-    assert deployment.verdict(rows) == (
+    assert deployment.summary(rows) == (
         "Against dense, APBM's smallest file is 2.0 times smaller and its fastest format 2.0 times as fast for one "
         "image, 1.5 times for 64; all formats agree with the network to 3e-06 of its largest logit."
     )
