@@ -30,6 +30,37 @@ def test_every_cited_section_is_there():
     assert {number: path for number, path in cited.items() if number not in sections} == {}
 
 
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    text = page.read_text()
+    named = re.findall(r"\b(?:apbm_core|notebooks|docs|examples|tests)/[\w/.*-]*\w", text)
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [name for name in named if not any(ROOT.glob(name))] == []
+    assert [name for name in linked if not (page.parent / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_is_there(page):
+    """`test_file.py` is a file of tests, `test_name` a test of the file named before it, `test_begin...` begins one."""
+    tests = {path: re.findall(r"def (test_\w+)", path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    missing, files = [], list(tests)
+    for named in re.findall(r"\btest_\w+(?:\.py\b|\.{3}|\*)?", page.read_text()):
+        if named.endswith(".py"):
+            found = [path for path in tests if path.name == named]
+            missing += [] if found else [named]
+            files = found or list(tests)
+        elif not any(
+            test.startswith(named.rstrip(".*")) if named[-1] in ".*" else test == named
+            for path in files
+            for test in tests[path]
+        ):
+            missing.append(f"{named}, in {files[0].name if len(files) == 1 else 'any file'}")
+    assert not missing
+
+
 def test_published_counts_are_those_of_the_networks():
     for widths in PUBLISHED_WIDTHS.values():
         assert f"{widths.parameters:,}" in METHODS, widths
