@@ -1,7 +1,7 @@
 """Rules for how many filters each layer keeps: one ratio for all, balanced, or by a signal of the method.
 
-They are functions of a :class:`~apbm_core.widths.WidthProblem`, and each ends with the same polishing. methods.md 1 and
-8. No randomness is involved.
+They are functions of a :class:`~apbm_core.widths.WidthProblem`, and each ends with the same polishing. methods.md 1. No
+randomness is involved.
 """
 
 import math
@@ -81,7 +81,7 @@ def marginal_utility_widths(
     macs: SizeFunction | None = None,
     mac_weight: float = 0.0,
 ) -> WidthSolution:
-    r"""Spend the budget filter by filter where the next one is worth most for its price (methods.md 8).
+    r"""Spend the budget filter by filter where the next one is worth most for its price (methods.md 1).
 
     From the smallest widths on, the next filter goes to the layer of the largest
 

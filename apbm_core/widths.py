@@ -2,7 +2,7 @@
 
 A :class:`WidthProblem` knows a network only through ``count(widths)``, its size at given filter counts, so parameters,
 MACs, latency or any other size that grows with the widths can be the target (for the first two there is
-:meth:`apbm_core.costs.CostTable.size_function`). methods.md 1 and 8.
+:meth:`apbm_core.costs.CostTable.size_function`). methods.md 1.
 """
 
 import functools

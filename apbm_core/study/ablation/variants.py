@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "merge": "activations",
     "widths": "shared",
     "budget_tau": 1.0,
+    "mac_weight": 0.0,
     "passing": False,
 }
 """What the variants start from, spelt out, so that it stays what it was when APBM's defaults change."""

@@ -10,11 +10,16 @@ from torch import nn
 from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ConfigError
 from apbm_core.fusion import FusionReport, fused_layers
-from apbm_core.study.methods.narrowing import choose_filters, layer_redundancy, narrow, stage_widths
+from apbm_core.study.methods.narrowing import choose_filters, layer_redundancy, layer_scores, narrow, stage_widths
 from apbm_core.study.methods.task import Task
 from apbm_core.study.methods.variants import VariantSettings
 from apbm_core.study.networks.definition import Network
-from apbm_core.study.networks.widths import entropy_budget_model_widths
+from apbm_core.study.networks.widths import (
+    MINIMUM,
+    entropy_budget_model_widths,
+    marginal_utility_model_widths,
+    width_problem,
+)
 from apbm_core.study.options import added
 from apbm_core.study.training.hooks import Context, Hook
 
@@ -46,10 +51,21 @@ class Options(BaseModel):
         description="what becomes of a filter that goes: nothing; it is averaged into those it resembles, in the norm"
         " and in the next layer, too; or the next layer takes it over from those whose activations predict its own",
     )
-    widths: Literal["shared", "entropy"] = Field(
-        "shared", description="'entropy': the wide network's redundancy distributes the target over the layers"
+    widths: Literal["shared", "entropy", "marginal", "marginal-tied"] = Field(
+        "shared",
+        description="what of the wide network distributes the target over the layers: nothing, the run's rule does;"
+        " 'entropy', its redundancy; 'marginal', which layer's next filter has the largest score for its price; 'tied',"
+        " layers of a stage equally wide",
     )
-    budget_tau: float = Field(1.0, gt=0, le=64, description="tau at which the redundancy is measured")
+    budget_tau: float = Field(1.0, gt=0, le=64, description="tau at which redundancy or score is measured for widths")
+    mac_weight: float = added(
+        0.0,
+        if_absent=0.0,
+        ge=0,
+        le=1,
+        description="lambda of the marginal widths: how much is added to a filter's score per parameter for each of its"
+        " multiply-accumulates, which favours large maps",
+    )
     passing: bool | None = added(
         None,
         if_absent=False,
@@ -59,8 +75,12 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _narrowing_is_whole(self):
-        if self.widths == "entropy" and self.wide == 0:
-            raise ValueError("widths = 'entropy' looks at the wide network: set wide, the share of epochs it trains.")
+        if self.widths != "shared" and self.wide == 0:
+            raise ValueError(
+                f"widths = {self.widths!r} looks at the wide network: set wide, the share of epochs it trains."
+            )
+        if self.mac_weight and not self.widths.startswith("marginal"):
+            raise ValueError(f"mac_weight belongs to the marginal widths, not to widths = {self.widths!r}; leave it 0.")
         if self.wide and self.passing:
             raise ValueError("a network that starts wide cannot pass its input on as well: set passing = False.")
         return self
@@ -156,16 +176,16 @@ def train_narrowing(task: Task) -> nn.Module:
             f"narrowing in {options.stages} stages (wide = {options.wide:g}) takes {wide_epochs} epochs, and one more "
             f"has to be left for the slim network, but there are {epochs}. Make wide, stages or the epochs fit."
         )
-    if options.widths == "entropy":
-        _spend_budget(task, [0.5] * len(task.widths))  # whether the target can be met does not depend on where
+    if options.widths != "shared":  # whether the target can be met does not depend on where
+        width_problem(task.config.model, task.num_classes, task.config.target, task.config.by, minimum=MINIMUM)
     model, target, done = task.build(), task.widths, 0
     dense = {name: model.get_submodule(name).out_channels for name in target}
     for stage in range(1, options.stages + 1):
         end = wide_epochs * stage // options.stages
         task.train(f"wide-{stage}", model, end - done, course=(done / epochs, end / epochs))
         done = end
-        if stage == 1 and options.widths == "entropy":
-            target = _entropy_widths(task, model)
+        if stage == 1 and options.widths != "shared":
+            target = _own_widths(task, model)
         widths = stage_widths(dense, target, stage / options.stages)
         keep = task.remember(f"choose-{stage}", partial(choose_filters, model, widths, options.settings))
         images = task.calibration_images(_CALIBRATION_IMAGES) if options.merge == "activations" else None
@@ -174,15 +194,20 @@ def train_narrowing(task: Task) -> nn.Module:
     return model
 
 
-def _entropy_widths(task: Task, model: nn.Module) -> dict[str, int]:
-    """The run's target, spent where the wide network's filters differ most."""
-    tau, metric = task.options.budget_tau, task.options.settings.metric
-    redundancy = task.remember("redundancy", partial(layer_redundancy, model, list(task.widths), tau, metric))
-    task.note("redundancy", dict(zip(task.widths, redundancy, strict=True)))
-    return _spend_budget(task, redundancy)
-
-
-def _spend_budget(task: Task, redundancy: list[float]) -> dict[str, int]:
-    config = task.config
-    solution = entropy_budget_model_widths(config.model, task.num_classes, redundancy, config.target, config.by)
-    return dict(zip(task.widths, solution.widths, strict=True))
+def _own_widths(task: Task, model: nn.Module) -> dict[str, int]:
+    """The run's target, spent where the wide network's filters differ most, or matter most for their price."""
+    options, config, layers = task.options, task.config, list(task.widths)
+    tau, metric = options.budget_tau, options.settings.metric
+    problem = config.model, task.num_classes
+    if options.widths == "entropy":
+        redundancy = task.remember("redundancy", partial(layer_redundancy, model, layers, tau, metric))
+        task.note("redundancy", dict(zip(layers, redundancy, strict=True)))
+        solution = entropy_budget_model_widths(*problem, redundancy, config.target, config.by)
+    else:
+        scores = task.remember("width-scores", partial(layer_scores, model, layers, tau, metric))
+        tied = options.widths == "marginal-tied"
+        given = {"by": config.by, "mac_weight": options.mac_weight, "tied": tied}
+        solution = marginal_utility_model_widths(*problem, scores, config.target, **given)
+        last = [sorted(found)[-width] for found, width in zip(scores, solution.widths, strict=True)]
+        task.note("marginal_scores", dict(zip(layers, last, strict=True)))
+    return dict(zip(layers, solution.widths, strict=True))

@@ -14,7 +14,7 @@ first is a plain cut:
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,24 @@ def choose_filters(model: nn.Module, widths: Mapping[str, int], settings: Fusion
 
 def layer_redundancy(model: nn.Module, layers: Sequence[str], tau: float, metric: Metric = "euclidean") -> list[float]:
     """``R_l = mean_i exp(H_i) / n`` of each layer: the share of its filters that a filter resembles, in (0, 1]."""
-    found = []
+    entropies = (similarity.entropy(log_p) for log_p in _distributions(model, layers, tau, metric))
+    return [min(1.0, entropy.exp().mean().item() / len(entropy)) for entropy in entropies]
+
+
+def layer_scores(
+    model: nn.Module, layers: Sequence[str], tau: float, metric: Metric = "euclidean"
+) -> list[list[float]]:
+    """The relative-entropy score of each filter of each layer, at least 0, in the layer's order."""
+    scores = (similarity.relative_entropy(log_p) for log_p in _distributions(model, layers, tau, metric))
+    return [found.clamp_min(0).tolist() for found in scores]
+
+
+def _distributions(model: nn.Module, layers: Sequence[str], tau: float, metric: Metric) -> Iterator[Tensor]:
+    """Each layer's similarity distributions (n, n), in logarithms, at the temperature that ``tau`` gives it."""
     for name in layers:
         weight = model.get_submodule(name).weight.detach()
-        n = len(weight)
         distance = similarity.scale_free(distances(weight, metric))
-        temperature = tau * math.log(max(n, 2))
-        entropy = similarity.entropy(similarity.log_similarity(distance, temperature))
-        found.append(min(1.0, entropy.exp().mean().item() / n))
-    return found
+        yield similarity.log_similarity(distance, tau * math.log(max(len(weight), 2)))
 
 
 @torch.no_grad()

@@ -18,6 +18,9 @@ from apbm_core.widths import SizeFunction, WidthProblem, WidthSolution
 
 SOLVERS = MappingProxyType({"uniform": uniform_widths, "balanced": balanced_widths})
 
+MINIMUM = 4
+"""Filters that every layer keeps where the network itself decides how wide its layers are."""
+
 _PUBLISHED_TOLERANCE = 0.005  # in shares of the dense size: half a point
 
 
@@ -44,7 +47,7 @@ def solve_model_widths(
 
 
 def entropy_budget_model_widths(
-    name: str, num_classes: int, redundancy: Sequence[float], target: float, by: str = "params", minimum: int = 4
+    name: str, num_classes: int, redundancy: Sequence[float], target: float, by: str = "params", minimum: int = MINIMUM
 ) -> WidthSolution:
     """``entropy_budget_widths`` for a network of the study; else as ``width_problem``."""
     return entropy_budget_widths(width_problem(name, num_classes, target, by, minimum=minimum), redundancy)
@@ -57,7 +60,7 @@ def marginal_utility_model_widths(
     target: float,
     by: str = "params",
     mac_weight: float = 0.0,
-    minimum: int = 4,
+    minimum: int = MINIMUM,
     tied: bool = False,
 ) -> WidthSolution:
     """``marginal_utility_widths`` for a network of the study; else as ``width_problem``.

@@ -272,7 +272,7 @@ apbm_options = st.fixed_dictionaries(
         "wide": st.floats(0, 1, exclude_max=True),
         "stages": st.integers(1, 3),
         "merge": st.sampled_from(["none", "similarity", "activations"]),
-        "widths": st.sampled_from(["shared", "entropy"]),
+        "widths": st.sampled_from(["shared", "entropy", "marginal", "marginal-tied"]),
     },
 )
 

@@ -16,11 +16,13 @@ from apbm_core.study.methods.narrowing import (
     choose_filters,
     fusion_shares,
     layer_redundancy,
+    layer_scores,
     narrow,
     stage_widths,
 )
 from apbm_core.study.networks.chains import followers
-from apbm_core.study.networks.models import build_model, prunable_convs
+from apbm_core.study.networks.models import build_model, dense_widths, prunable_convs
+from apbm_core.study.training.hooks import Hook
 from apbm_core.temperature import AnnealedTau
 
 SHARP = FusionSettings(schedule=AnnealedTau(start=64, end=64))
@@ -148,7 +150,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("widths", ["shared", "entropy"])
+@pytest.mark.parametrize("widths", ["shared", "entropy", "marginal"])
 def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path, widths):
     options = apbm.Options(passing=False, wide=0.5, stages=2, widths=widths)
 
@@ -172,7 +174,7 @@ def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
-    assert again.notes == task.notes and bool(task.notes) == (widths == "entropy")
+    assert again.notes == task.notes and bool(task.notes) == (widths != "shared")
     dense = count_parameters(build_model("resnet20", 10))
     assert 1 - count_parameters(whole) / dense == pytest.approx(0.5, abs=0.005)
     trained_phases = [(phase.name, phase.epochs) for phase in task.phases if phase.epochs]
@@ -190,3 +192,45 @@ def test_more_stages_than_epochs_are_refused_before_anything_is_trained(tmp_path
     assert task.phases == []
     with pytest.raises(ValueError, match="set wide"):
         apbm.Options(widths="entropy")
+    with pytest.raises(ValueError, match="mac_weight belongs to the marginal widths"):
+        apbm.Options(passing=False, wide=0.5, widths="entropy", mac_weight=1e-9)
+
+
+def test_scores_for_widths_are_the_divergences_between_the_filters_distributions():
+    """Against the definition, pair by pair: S_i = sum_k sum_j p_ij ln(p_ij / p_kj)."""
+    conv = nn.Conv2d(3, 5, 3)
+    (found,) = layer_scores(nn.Sequential(conv), ["0"], tau=0.8)
+    filters = conv.weight.detach().double().flatten(1).tolist()
+    distance = [[math.dist(a, b) for b in filters] for a in filters]
+    mean = sum(map(sum, distance)) / (5 * 4)
+    rows = [[math.exp(-0.8 * math.log(5) * d / mean) for d in row] for row in distance]
+    p = [[value / sum(row) for value in row] for row in rows]
+    expected = [sum(a * math.log(a / b) for other in p for a, b in zip(own, other, strict=True)) for own in p]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["marginal", "marginal-tied"])
+def test_marginal_widths_keep_what_scores_most_for_its_price(tmp_path, rule):
+    """The wide network's filters of three layers are all alike, so that their scores are 0: these layers go first."""
+    options = apbm.Options(passing=False, wide=0.5, widths=rule, mac_weight=1e-12)
+    task = fake_task(tmp_path, "apbm", "resnet20", options, epochs=2, target=0.5)
+    alike = [name for name in task.widths if name.startswith("layer3")]
+
+    class Alike(Hook):
+        @torch.no_grad()
+        def after_step(self, context):
+            for name in alike:
+                weight = context.model.get_submodule(name).weight
+                weight.copy_(weight[:1].expand_as(weight))
+
+    train = task.train
+    task.train = lambda phase, *given, **more: train(
+        phase, *given, **more | ({"hooks": [Alike()]} if phase == "wide-1" else {})
+    )
+    network = apbm.prune(task)
+    kept = {name: network.get_submodule(name).out_channels for name in task.widths}
+    dense = dict(zip(task.widths, dense_widths("resnet20"), strict=True))
+    assert sum(kept[name] for name in alike) < sum(dense[name] for name in alike) / 2
+    assert all(kept[name] >= dense[name] - 1 for name in kept if name not in alike)  # but for the last filter
+    assert [task.notes["marginal_scores"][name] for name in alike] == pytest.approx([0.0] * 3, abs=1e-6)
+    assert 1 - count_parameters(network) / count_parameters(build_model("resnet20", 10)) == pytest.approx(0.5, abs=0.01)
