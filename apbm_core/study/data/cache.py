@@ -20,8 +20,8 @@ from torch import Tensor
 
 from apbm_core.errors import ApbmError
 from apbm_core.files import write_atomically
+from apbm_core.study.data.definition import Decoded, Layout
 from apbm_core.study.data.images import Images
-from apbm_core.study.data.layouts import Decoded, Layout
 
 FORMAT = "1"  # raise it when the meaning of the cached tensors changes
 LOCK_TIMEOUT = 300  # seconds to wait for another process that decodes the same data before decoding them here too

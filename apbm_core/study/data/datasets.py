@@ -20,8 +20,9 @@ from torch import Tensor
 from apbm_core.errors import ConfigError, DataError
 from apbm_core.study.data import cifar
 from apbm_core.study.data.cache import default_cache_dir, read_through_cache
+from apbm_core.study.data.definition import Decoded, Layout
 from apbm_core.study.data.images import Images, channel_statistics, generator_for, stratified_sample
-from apbm_core.study.data.layouts import Decoded, Layout, find_layout, read_digits
+from apbm_core.study.data.layouts import find_layout, read_digits
 from apbm_core.study.data.named import NAMED, NamedDataset, known_side
 
 __all__ = ["DataSplit", "ImageDataset", "Images", "SplitKind", "class_count", "known_side", "load_dataset"]

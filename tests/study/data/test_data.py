@@ -30,8 +30,8 @@ from sklearn.datasets import load_digits
 
 from apbm_core.errors import ConfigError, DataError
 from apbm_core.study.data.datasets import load_dataset
+from apbm_core.study.data.image_folder import ImageFolderLayout
 from apbm_core.study.data.images import Images, channel_statistics, fingerprint, generator_for, stratified_sample
-from apbm_core.study.data.layouts import ImageFolderLayout
 from apbm_core.study.data.named import NAMED
 
 incomplete = pytest.mark.filterwarnings("ignore:.*not the complete")
@@ -191,7 +191,9 @@ def cached(request, tmp_path, cache):
 
 def test_the_second_load_reads_the_cache(cached, cache, monkeypatch):
     name, root, _, first = cached
-    monkeypatch.setattr("apbm_core.study.data.layouts.decode_images", lambda *arguments: pytest.fail("decoded again"))
+    for layout in ("parquet", "image_folder"):
+        place = f"apbm_core.study.data.{layout}.decode_images"
+        monkeypatch.setattr(place, lambda *arguments: pytest.fail("decoded again"))
     second = load_quietly(name, root, cache)
     assert torch.equal(first.train_images, second.train_images)
     assert torch.equal(first.test_labels, second.test_labels)

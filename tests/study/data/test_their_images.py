@@ -10,8 +10,9 @@ from fake_data import encode, make_pixels, write_image_folder, write_parquet_cif
 from PIL import Image
 
 from apbm_core.errors import DataError
+from apbm_core.study.data.image_folder import natural_order
 from apbm_core.study.data.images import decode_images
-from apbm_core.study.data.layouts import find_layout, natural_order
+from apbm_core.study.data.layouts import find_layout
 
 ROW = np.array([0, 36, 72, 109, 145, 182, 218, 255], dtype=np.uint8)
 
