@@ -12,6 +12,7 @@ import torchvision
 from test_surgery import randomised, silenced
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.vision_transformer import VisionTransformer
 
 import apbm_core
@@ -27,6 +28,7 @@ fuse_alone = partial(apbm_core.fuse, groups=False)
 
 # Name -> how many of its convolutions have filters that can go: counted by hand from the architecture.
 NETWORKS = {
+    "small": 7,  # 4 expansions, the stem, the last one, and the projection that is added to nothing
     "resnet18": 8,  # the first of the two in each block
     "mobilenet_v2": 20,  # 16 expansions, the stem, the last one, and the two projections that are added to nothing
     "efficientnet_b0": 19,  # 16 squeezes, the last one, and the two projections that are added to nothing
@@ -35,14 +37,16 @@ NETWORKS = {
     "densenet121": 120,  # all: concatenation couples nothing
     "vgg16_bn": 13,  # all
 }
-HEAVY = ("resnet50", "densenet121", "vgg16_bn")
-MARKED = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in NETWORKS]
+MARKED = [pytest.param(name, marks=() if name == "small" else pytest.mark.slow) for name in NETWORKS]
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @cache
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
+    if name == "small":  # (expansion, channels, blocks, stride)
+        stages = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
+        return randomised(torchvision.models.MobileNetV2(5, 0.5, stages))
     return randomised(getattr(torchvision.models, name)(num_classes=5))
 
 
@@ -127,9 +131,7 @@ def test_every_criterion_cuts_it(name, criterion):
         assert_same_logits(silenced(model, keep, IMAGES), small(IMAGES), 1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "resnet18" else pytest.mark.slow) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", MARKED)
 def test_compact_it_round_trips_through_onnx(name, tmp_path):
     if reason := export.why_no_onnx():
         pytest.skip(reason)
@@ -170,8 +172,12 @@ def small_net() -> nn.Module:
     )
 
 
+def small_convnext() -> nn.Module:
+    return torchvision.models.ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], num_classes=5)
+
+
 DECLINED = {
-    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(num_classes=5), "combined with the parameter .*layer_s"),
+    "convnext": (small_convnext, "combined with the parameter .*layer_s"),
     "vision transformer": (
         lambda: VisionTransformer(64, 16, 1, 2, 32, 64, num_classes=5),
         "encoder.pos_embedding|class_token|parameter",
@@ -197,7 +203,7 @@ def test_what_cannot_be_fused_is_declined_with_a_reason(name):
 
 
 def test_each_convolution_of_convnext_is_declined_with_a_reason_and_so_is_naming_one_to_cut():
-    model = torchvision.models.convnext_tiny(num_classes=5).eval()
+    model = small_convnext().eval()
     reasons = why_not_prunable(model, IMAGES[:1])
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert list(reasons) == convolutions and all(reason and len(reason) > 20 for reason in reasons.values())
@@ -213,10 +219,33 @@ def test_with_auxiliary_heads_what_they_read_stays_and_the_rest_is_fused():
     assert [tuple(output.shape) for output in slim(IMAGES[:2])] == [(2, 5)] * 3
 
 
+@pytest.mark.slow
 def test_auxiliary_heads_can_be_left_out():
     model = torchvision.models.googlenet(num_classes=5, init_weights=False, aux_logits=False)
     slim = fuse_alone(model, IMAGES[:2])
     assert slim.train()(IMAGES).shape == (4, 5)
+
+
+class Auxiliary(nn.Module):
+    """A second head, in training alone, on features that the first one reads through another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head, self.beside = nn.Linear(6, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        early = self.first(x).relu()
+        logits = self.head(self.second(early).relu().mean((2, 3)))
+        return (logits, self.beside(early.mean((2, 3)))) if self.training else logits
+
+
+def test_what_a_head_reads_in_training_alone_stays_and_the_rest_is_fused():
+    reasons = why_not_prunable(Auxiliary(), IMAGES)
+    assert "training mode" in reasons["first"] and reasons["second"] is None
+    slim = fuse_alone(Auxiliary(), IMAGES).train()
+    assert [name for name, _, _ in fused_layers(slim)] == ["second"]
+    assert [tuple(output.shape) for output in slim(IMAGES)] == [(4, 4)] * 2
 
 
 class Outputs(nn.Module):

@@ -300,7 +300,9 @@ EXPECTED_ROWS = {"training": 14, "fusion": 9, "rescoring": 4, "criteria": 8, "in
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("criteria", "profile", "rescoring") else ())
+        pytest.param(
+            n, marks=pytest.mark.slow if n in ("criteria", "fusion", "profile", "rescoring", "training") else ()
+        )
         for n in EXPECTED_ROWS
     ],
 )
