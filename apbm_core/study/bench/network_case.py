@@ -1,12 +1,13 @@
 """One network of the zoo: what fusing it at a keep ratio comes to, and torch-pruning's own pruner at the same ratio.
 
-    python -m apbm_core.study.bench.network_case NAME [KEEP] [GIGABYTES]
+    python -m apbm_core.study.bench.network_case NAME [KEEP GIGABYTES SECONDS]
 
 Prints a line of JSON for ours, and one that has both. It is a process of its own (networks.py) because a network may
 crash, hang, or take all memory.
 """
 
 import json
+import math
 import sys
 import time
 import warnings
@@ -154,18 +155,20 @@ def _line(text: object) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def limit_memory(gigabytes: float) -> None:
-    """Let allocations of this process fail beyond so much, where the system can."""
+def limit(gigabytes: float, seconds: float) -> None:
+    """Let allocations of this process fail beyond so much, and end it after so much computing, where the system can."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 2**30),) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 10))
     except (ImportError, ValueError, OSError):
         return
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    limit_memory(float(sys.argv[3]) if len(sys.argv) > 3 else 8)
-    for known in measure(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.5):
+    name, keep, gigabytes, seconds = [*sys.argv[1:], "0.5", "10", "400"][:4] if len(sys.argv) == 2 else sys.argv[1:5]
+    limit(float(gigabytes), float(seconds))
+    for known in measure(name, float(keep)):
         print(json.dumps(known), flush=True)
