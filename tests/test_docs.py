@@ -44,20 +44,20 @@ def test_every_file_that_a_page_names_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_test_that_a_page_names_is_there(page):
-    """`test_file.py` is a file of tests, `test_name` a test of the file named before it, `test_begin...` begins one."""
+    """`test_file.py` is a file, `test_name` a test of the file named before it in the line or cell, or of any."""
     tests = {path: re.findall(r"def (test_\w+)", path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
-    missing, files = [], list(tests)
-    for named in re.findall(r"\btest_\w+(?:\.py\b|\.{3}|\*)?", page.read_text()):
-        if named.endswith(".py"):
-            found = [path for path in tests if path.name == named]
-            missing += [] if found else [named]
-            files = found or list(tests)
-        elif not any(
-            test.startswith(named.rstrip(".*")) if named[-1] in ".*" else test == named
-            for path in files
-            for test in tests[path]
-        ):
-            missing.append(f"{named}, in {files[0].name if len(files) == 1 else 'any file'}")
+    missing = []
+    for part in re.split(r"[|\n]", page.read_text()):
+        files = list(tests)
+        for named in re.findall(r"\btest_\w+(?:\.py\b|\.{3}|\*)?", part):
+            there = [test for path in files for test in tests[path]]
+            if named.endswith(".py"):
+                files = [path for path in tests if path.name == named]
+                missing += [] if files else [named]
+            elif named[-1] in ".*":  # only how its name begins
+                missing += [] if any(test.startswith(named.rstrip(".*")) for test in there) else [named]
+            elif named not in there:
+                missing.append(named)
     assert not missing
 
 
