@@ -28,8 +28,8 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
     """Training accuracy by epoch, all phases in a row; the last mark of each line is the test accuracy."""
     history, runs = history_frame(records), runs_frame(records)
     models = list(dict.fromkeys(history["model"]))
-    figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.2), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
+    figure, axes = plt.subplots(len(models), 1, figsize=(8, 4.2 * len(models)), squeeze=False)
+    for axis, model in zip(axes[:, 0], models, strict=True):
         part = history[history["model"] == model]
         final = runs[runs["model"] == model].set_index("id")
         for method in ordered(part["method"]):
@@ -55,12 +55,13 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
         set_title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
         axis.set_xlabel("epoch, all phases counted")
         axis.set_ylabel("training accuracy (%), marks: test")
-    shared_legend(figure, axes[0])
+    shared_legend(figure, axes[:, 0])
     return figure
 
 
 def phase_times(records: Sequence[RunRecord]) -> Figure:
-    """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network.
+    """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network,
+    one below another.
 
     Runs that were timed under other conditions than most of the network's are left out, and counted below.
     """
@@ -69,8 +70,8 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
     phases = phase_frame(alike)
     models = list(dict.fromkeys(phases["model"]))
     names = _phases_in_order(records)
-    figure, axes = plt.subplots(1, len(models), figsize=(6.2 * len(models), 3.8), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
+    figure, axes = plt.subplots(len(models), 1, figsize=(8, 3.8 * len(models)), squeeze=False)
+    for axis, model in zip(axes[:, 0], models, strict=True):
         part = phases[phases["model"] == model]
         runs = part.groupby("method")[["target", "seed"]].apply(lambda g: len(g.drop_duplicates()))
         seconds = part.pivot_table(index="method", columns="phase", values="seconds", aggfunc="sum").div(runs, axis=0)
@@ -93,7 +94,7 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
         words = f"{label(order[0])} trains longest, {left.max() / left.min():.1f} times {label(order[-1])}"
         set_title(axis, f"{label_model(model)}: {words}", 60)
         axis.grid(axis="y", visible=False)
-    shared_legend(figure, axes[0], title="phase")
+    shared_legend(figure, axes[:, 0], title="phase")
     return figure
 
 
@@ -110,8 +111,8 @@ _NEARLY_ALL = 0.99  # above this share of a kept filter in its fused one, hardly
 
 
 def fusion_course(records: Sequence[RunRecord]) -> Figure:
-    """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse; a row a
-    network."""
+    """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse; four
+    panels a network, so that a phone shows them large enough."""
     history = history_frame([record for record in records if any("fusion" in row for row in record.history)])
     quantities = {
         "own_share": "a kept filter's share\nof its fused filter",
@@ -120,11 +121,11 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
         "churn": "kept filters replaced\nin the epoch",
     }
     models = list(dict.fromkeys(history["model"]))
-    figure = plt.figure(figsize=(13, 3.6 * len(models)))
+    figure = plt.figure(figsize=(8, 6.4 * len(models)))
     rows = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
     for row, model in zip(rows, models, strict=True):
         part = history[history["model"] == model]
-        axes = row.subplots(1, 4)
+        axes = row.subplots(2, 2).ravel()
         for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
             for method in _methods(part):
                 line = part[part["method"] == method].groupby("epoch")[f"fusion {quantity}"].mean()
@@ -136,7 +137,7 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
             axis.set_ylim(bottom=0, top=1.05 if quantity.endswith(("share", "mass")) else max(0.05, axis.get_ylim()[1]))
             axis.set_title(title, fontsize=10, loc="left")
         axes[0].legend(fontsize=8)
-        words = in_lines(f"{label_model(model)}: {_fusion_finding(part)}", 150)
+        words = in_lines(f"{label_model(model)}: {_fusion_finding(part)}", 95)
         row.suptitle(words, x=0.01, ha="left", fontsize=11)
     return figure
 

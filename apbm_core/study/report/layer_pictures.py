@@ -12,6 +12,7 @@ from apbm_core.similarity import entropy
 from apbm_core.temperature import TemperatureSchedule
 
 _KEPT, _OTHER = "#D55E00", "#999999"
+_WIDTH = 6.4  # inches; panels stand one below another, so that a phone shows them large enough to read
 
 
 def distances(by_moment: Mapping[str, Tensor]) -> Figure:
@@ -20,23 +21,23 @@ def distances(by_moment: Mapping[str, Tensor]) -> Figure:
     Args:
         by_moment: when -> distances in units of their mean, shape (n, n).
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(_WIDTH, 8.2), height_ratios=(3, 4))
     spreads = {}
     for (when, distance), colour in zip(by_moment.items(), (_OTHER, _KEPT), strict=False):
         off = distance[~torch.eye(len(distance), dtype=torch.bool)]
         spreads[when] = off.std().item()
-        left.hist(off.numpy(), bins=60, density=True, alpha=0.7, label=when, color=colour)
-    left.set_xlabel("distance of two filters (layer mean = 1)")
-    left.set_ylabel("density")
-    left.set_title("; ".join(f"{when}: spread {spread:.3f}" for when, spread in spreads.items()), loc="left")
-    left.legend()
+        upper.hist(off.numpy(), bins=60, density=True, alpha=0.7, label=when, color=colour)
+    upper.set_xlabel("distance of two filters (layer mean = 1)")
+    upper.set_ylabel("density")
+    upper.set_title("; ".join(f"{when}: spread {spread:.3f}" for when, spread in spreads.items()), loc="left")
+    upper.legend()
     when, distance = list(by_moment.items())[-1]
-    image = right.imshow(distance.numpy(), cmap="viridis")
-    right.set_title(f"Every filter's distance to every other, {when}", loc="left")
-    right.set_xlabel("filter j")
-    right.set_ylabel("filter i")
-    right.grid(False)
-    figure.colorbar(image, ax=right, label="distance (layer mean = 1)")
+    image = lower.imshow(distance.numpy(), cmap="viridis")
+    lower.set_title(f"Every filter's distance to every other, {when}", loc="left")
+    lower.set_xlabel("filter j")
+    lower.set_ylabel("filter i")
+    lower.grid(False)
+    figure.colorbar(image, ax=lower, label="distance (layer mean = 1)")
     return figure
 
 
@@ -46,36 +47,44 @@ def distributions(by_tau: Mapping[float, Tensor]) -> Figure:
     Args:
         by_tau: tau -> log-probabilities, shape (n, n).
     """
-    figure, axes = plt.subplots(1, len(by_tau), figsize=(3.2 * len(by_tau), 3.4), sharey=True)
-    for axis, (tau, log_p) in zip(axes, by_tau.items(), strict=True):
+    down = -(-len(by_tau) // 2)
+    figure, grid = plt.subplots(down, 2, figsize=(_WIDTH, 3.3 * down), sharey=True, squeeze=False)
+    axes = grid.ravel()
+    for axis in axes[len(by_tau) :]:
+        axis.set_axis_off()
+    for axis, (tau, log_p) in zip(axes, by_tau.items(), strict=False):
         image = axis.imshow(log_p.exp().numpy(), cmap="magma", vmin=0, vmax=1)
         axis.set_title(f"tau {tau}: {100 * log_p.diagonal().exp().mean():.0f} % self-mass", loc="left", fontsize=10)
         axis.set_xlabel("filter j")
         axis.grid(False)
-    axes[0].set_ylabel("filter i")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("filter i")
     figure.colorbar(image, ax=axes, label="p_ij", shrink=0.8)
     return figure
 
 
 def importance(entropies: Tensor, importances: Tensor, m: int) -> Figure:
     """Importance in descending order with the ``m`` kept filters marked, and importance against entropy."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(_WIDTH, 7.4))
     order = importances.argsort(descending=True)
     kept = torch.zeros(len(order), dtype=torch.bool)
     kept[order[:m]] = True
     colours = [_KEPT if keep else _OTHER for keep in kept[order]]
-    left.bar(range(len(order)), importances[order].numpy(), color=colours, width=1.0)
+    upper.bar(range(len(order)), importances[order].numpy(), color=colours, width=1.0)
     ratio = (importances.max() / importances.min().clamp_min(1e-12)).item()
-    left.set_title(f"The first scores {ratio:.1f} times the last; {m} of {len(order)} filters stay", loc="left")
-    left.set_xlabel("filters, most important first (orange: kept)")
-    left.set_ylabel("relative entropy S (nats)")
+    upper.set_title(f"The first scores {ratio:.1f} times the last; {m} of {len(order)} filters stay", loc="left")
+    upper.set_xlabel("filters, most important first (orange: kept)")
+    upper.set_ylabel("relative entropy S (nats)")
     for mask, colour, label in ((kept, _KEPT, "kept"), (~kept, _OTHER, "fused into the kept ones")):
-        right.scatter(entropies[mask].numpy(), importances[mask].numpy(), color=colour, label=label, s=22)
+        lower.scatter(entropies[mask].numpy(), importances[mask].numpy(), color=colour, label=label, s=22)
     correlation = torch.corrcoef(torch.stack([entropies, importances]))[0, 1].item()
-    right.set_title(f"Low entropy goes with high importance (correlation {correlation:.2f})", loc="left")
-    right.set_xlabel("entropy H (nats)")
-    right.set_ylabel("relative entropy S (nats)")
-    right.legend()
+    words = "Entropy says little of importance"
+    if abs(correlation) > 0.5:
+        words = f"{'Low' if correlation < 0 else 'High'} entropy goes with high importance"
+    lower.set_title(f"{words} (correlation {correlation:.2f})", loc="left")
+    lower.set_xlabel("entropy H (nats)")
+    lower.set_ylabel("relative entropy S (nats)")
+    lower.legend()
     return figure
 
 
@@ -107,7 +116,7 @@ def temperature_course(schedules: Mapping[str, TemperatureSchedule], weight: Ten
         epochs: length of the training.
     """
     quantities = ("mean self-mass of a filter", "mean entropy (nats; dashed: ln n)", "norm of fused / kept filters")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = plt.subplots(3, 1, figsize=(_WIDTH, 8.4), sharex=True)
     first_epoch = []
     for (name, schedule), colour in zip(schedules.items(), ("#E69F00", _KEPT), strict=True):
         if hasattr(schedule, "epochs"):
