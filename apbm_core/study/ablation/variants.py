@@ -67,7 +67,7 @@ _RATES = (
         Variant(
             f"scratch-rate-{rate}", "rate", f"slim from scratch, rate {rate}", method="scratch", recipe={"lr": rate}
         )
-        for rate in (0.1, 0.8)
+        for rate in (0.05, 0.1, 0.8)
     ),
     *(
         Variant(
@@ -114,7 +114,7 @@ _RATES = (
             method="dirac",
             recipe={"lr": rate},
         )
-        for rate in (0.1, 0.4, 0.8)
+        for rate in (0.05, 0.1, 0.4, 0.8)
     ),
 )
 
