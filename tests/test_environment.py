@@ -114,6 +114,13 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
+def runners_options(*arguments: str):
+    """What the last command that make would give to the runner asks for."""
+    lines = make("--dry-run", *arguments).stdout.splitlines()
+    command = [line for line in lines if "-m apbm_core.study.pages.runner" in line][-1]
+    return parse(shlex.split(command.partition(" || ")[0])[3:])
+
+
 def test_make_help_has_a_line_for_every_target():
     lines = make("help").stdout.splitlines()
     targets = {line.split()[1]: line.split(maxsplit=2)[2] for line in lines}
@@ -132,8 +139,7 @@ def test_make_refuses_unknown_variables(assignment):
 
 def test_make_passes_parameters_on():
     parameters = "PARAMS=seeds=[0,1] 'targets={vgg16: [0.9]}' -p epochs=3"
-    plan = make("--dry-run", "reproduce", "PROFILE=cpu", parameters, "ONLY=02_train 03_prune", "RESULTS=x y")
-    options = parse(shlex.split(plan.stdout.splitlines()[-1])[3:])
+    options = runners_options("reproduce", "PROFILE=cpu", parameters, "ONLY=02_train 03_prune", "RESULTS=x y")
     assert (options.command, options.profile, options.results) == ("run", "cpu", "x y")
     assert options.only == ["02_train", "03_prune"]
     assert sorted(options.assignments + options.more) == ["epochs=3", "seeds=[0,1]", "targets={vgg16: [0.9]}"]
@@ -141,7 +147,7 @@ def test_make_passes_parameters_on():
 
 @pytest.mark.parametrize(("target", "folder"), [("reproduce", "results/own"), ("report", "results")])
 def test_make_trains_into_the_readers_own_results_and_reports_on_the_published(target, folder):
-    options = parse(shlex.split(make("--dry-run", target).stdout.splitlines()[-1])[3:])
+    options = runners_options(target)
     assert (options.profile, options.results) == ("quick", folder)
 
 

@@ -276,6 +276,13 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("fusing by resemblance, instead of at random", "passing-gated-assigned", "passing-gated-shuffled"),
     ("fusing, while passing the input on", "passing-fused", "passing"),
     ("all of it, passing: APBM against slim from scratch", "passing-fused", "scratch"),
+    ("all of it, passing, each at its best rate so far", "passing-rate-0.4", "scratch-rate-0.1"),
+    (
+        "learned amounts and fusion against an identity start, each at its best rate so far",
+        "passing-rate-0.4",
+        "dirac-rate-0.1",
+    ),
+    ("fusing, while passing the input on, at twice the rate", "passing-rate-0.4", "passing-alone-rate-0.4"),
     ("averaged weights, from scratch", "scratch-lookahead", "scratch"),
     ("averaged weights, starting as identities", "dirac-lookahead", "dirac"),
     ("averaged weights, passing and fused", "passing-lookahead", "passing-fused"),
