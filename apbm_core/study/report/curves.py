@@ -54,6 +54,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
         name, accuracy = label(final.loc[best, "method"]), final.loc[best, "accuracy"]
         set_title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
         axis.set_xlabel("epoch, all phases counted")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_ylabel("training accuracy (%), marks: test")
     shared_legend(figure, axes[:, 0])
     return figure
