@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import label, ordered
@@ -27,6 +27,7 @@ _GREY = "#A8A8A8"
 _TICKS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 97, 98, 99, 99.5)  # percent removed
 _LINE = 11  # points between two names
 _NEAREST = 0.1  # points of accuracy; a lead below it is none
+_SAME_MACS = 0.1  # a share; widths that meet a target of parameters differ by less in rounding
 
 
 def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
@@ -52,13 +53,8 @@ def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration
     frame = runs_frame(records, calibration)
     table, whole = points(frame), over_targets(frame)
     beds = list(dict.fromkeys(zip(table["model"], table["dataset"], strict=True)))
-    across = min(2, len(beds))
-    down = -(-len(beds) // across)
-    size = (7.4 * across, 4.7 * down)
-    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False)
-    for axis in axes.flat[len(beds) :]:
-        axis.set_visible(False)
-    for axis, (model, dataset) in zip(axes.flat, beds, strict=False):
+    figure, axes = plt.subplots(len(beds), 1, figsize=(8.4, 4.8 * len(beds)), squeeze=False)
+    for axis, (model, dataset) in zip(axes[:, 0], beds, strict=True):
         here = (table["model"] == model) & (table["dataset"] == dataset)
         part = table[here]
         means = whole[(whole["model"] == model) & (whole["dataset"] == dataset)]
@@ -69,8 +65,13 @@ def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration
             _list_of_methods(axis, part[part["schedule"] != "equal-time"])
         else:
             _against_removed(axis, part[part["schedule"] != "equal-time"], against)
-        words = _time_finding(part) if against == "training seconds" else _finding(part, means)
-        set_title(axis, f"{label_model(model)}, {label_dataset(dataset)}: {words}", 74)
+        if against == "training seconds":
+            words = _time_finding(part)
+        elif against == "MACs removed":
+            words = _macs_finding(part)
+        else:
+            words = _finding(part, means)
+        set_title(axis, f"{label_model(model)}, {label_dataset(dataset)}: {words}", 84)
     return figure
 
 
@@ -110,6 +111,8 @@ def _against_time(axis: Axes, part: pd.DataFrame) -> None:
     low, high = axis.get_xlim()
     many, few = (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5)
     steps = [decade * step for decade in (0.01, 0.1, 1, 10, 100, 1000) for step in (few if high > 12 * low else many)]
+    if high < 2 * low:  # so short an axis holds but one of those
+        steps = MaxNLocator(5).tick_values(low, high)
     axis.xaxis.set_major_locator(FixedLocator([step for step in steps if low <= step <= high]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -244,11 +247,10 @@ _NAMED_IN_A_TIE = 3  # more names than that make no title
 
 def _leader(part: pd.DataFrame) -> str:
     """Who is ahead at the target that most methods share."""
-    pruned = part[part["method"] != "dense"]
-    if pruned.empty:
+    there = _at_the_shared_target(part)
+    if there.empty:
         return "the dense network alone"
-    target = pruned["target"].value_counts().idxmax()
-    there = pruned[pruned["target"] == target]
+    target = there["target"].iloc[0]
     highest = there["accuracy"].max()
     best = there[there["accuracy"] > highest - _NEAREST]  # less than the sentence shows is no lead
     names = [label(method) for method in best.sort_values("accuracy", ascending=False)["method"]]
@@ -259,6 +261,25 @@ def _leader(part: pd.DataFrame) -> str:
     if len(apbm) and len(scratch):
         sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"
     return sentence
+
+
+def _at_the_shared_target(part: pd.DataFrame) -> pd.DataFrame:
+    """The compressed networks at the target that most methods have; empty where there are none."""
+    pruned = part[part["method"] != "dense"]
+    return pruned if pruned.empty else pruned[pruned["target"] == pruned["target"].value_counts().idxmax()]
+
+
+def _macs_finding(part: pd.DataFrame) -> str:
+    """How many times APBM's multiply-accumulates the networks in colour keep that differ from it."""
+    there = _at_the_shared_target(part[part["schedule"] != "equal-time"])
+    kept = 1 - there.set_index("method")["MACs removed"] / 100
+    if "apbm" not in kept.index:
+        return _leader(part)
+    factors = (kept / kept["apbm"]).groupby(level=0).mean()
+    others = {name: factors[name] for name in ordered(factors.index) if _ink(name) != _GREY and name != "apbm"}
+    said = [f"{label(name)} {factor:.1f}" for name, factor in others.items() if abs(factor - 1) > _SAME_MACS]
+    words = f"MACs kept as a multiple of APBM's: {', '.join(said)}" if said else "all keep about as many MACs as APBM"
+    return f"at {there['target'].iloc[0]:.4g} % removed, {words}"
 
 
 def _time_finding(part: pd.DataFrame) -> str:

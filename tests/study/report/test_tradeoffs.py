@@ -49,6 +49,25 @@ def test_the_title_says_whom_apbm_is_above_and_below():
     assert title == "ResNet56, CIFAR-10: over 4 targets APBM is above HRank, L1 and below Polarization"
 
 
+def test_the_title_over_macs_says_how_many_the_methods_keep():
+    def title(**macs):
+        records = [fake_record(method, 0.9, target=0.5) for method in macs]
+        kept = [record.model_copy(update={"macs": int(1e6 * macs[record.config.method])}) for record in records]
+        (axis,) = curves.accuracy_against_macs(kept).axes
+        return axis.get_title(loc="left").replace("\n", " ").partition(": ")[2]
+
+    assert title(apbm=4, swp=10, polarization=4, l1=9) == "at 50 % removed, MACs kept as a multiple of APBM's: SWP 2.5"
+    assert title(apbm=4, swp=4.1) == "at 50 % removed, all keep about as many MACs as APBM"
+    assert title(swp=4).startswith("at 50 % removed, SWP leads")
+
+
+def test_a_short_axis_of_time_has_more_than_one_number():
+    records = [fake_record(method, 0.9, seconds=60.0 * minutes) for method, minutes in {"apbm": 45, "swp": 58}.items()]
+    (axis,) = curves.accuracy_against_time(records).axes
+    low, high = axis.get_xlim()
+    assert len([tick for tick in axis.get_xticks() if low <= tick <= high]) >= 3
+
+
 def test_bands_are_the_pooled_intervals():
     records = grid(TARGETS)
     (axis,) = curves.accuracy_curves(records).axes
