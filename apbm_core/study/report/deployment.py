@@ -22,7 +22,7 @@ from apbm_core.study.data.named import NAMED
 from apbm_core.study.methods import label
 from apbm_core.study.networks.models import build_model, prunable_convs
 from apbm_core.study.networks.storage import load_compact, save_compact
-from apbm_core.study.records import TRAINED, ResultsFolder, RunRecord
+from apbm_core.study.records import TRAINED, ResultsFolder, RunRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -180,31 +180,38 @@ def summary(rows: list[dict[str, Any]], dense: str = "dense", compact: str = "ap
     )
 
 
-def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Module, int, bool]:
-    """The network of a run as (model in evaluation mode, number of classes, whether it holds the trained weights).
+def recorded_network(results: ResultsFolder, record: RunRecord) -> tuple[nn.Module, int, str]:
+    """The network of a run as (model in evaluation mode, number of classes, what stands for it; "" if it is its own).
 
-    Networks are not kept under version control, but for those in ``results/trained``. Where the file is in neither
-    place, a network of the recorded widths with random weights stands for it: of the same size and speed, and good for
-    nothing else.
+    Networks are not kept under version control, but for those in ``results/trained``: of the run itself, or of the same
+    run on another machine, whose weights rounding has made others. Where the file is in neither place, a network of the
+    recorded widths with random weights stands for it: of the same size and speed, and good for nothing else.
 
     Raises:
         CheckpointError: the file is there and damaged.
+        RecordError: the record of the same run elsewhere is damaged.
         UnsupportedNetwork: it is missing, and widths alone do not describe it (SWP's stripes).
     """
     path = results.networks / (record.network or "missing")
     classes = record.num_classes or _published_classes(record)
     if path.exists():
-        return load_compact(path), classes, True
-    kept = results.path.parent / TRAINED / "networks" / path.name
-    if kept.is_file() and sha256(kept.read_bytes()) == record.network_sha256:
-        return load_compact(kept), classes, True
+        return load_compact(path), classes, ""
+    trained = results.path.parent / TRAINED
+    kept, twin = trained / "networks" / path.name, trained / "runs" / f"{record.id}.json"
+    if kept.is_file():
+        digest = sha256(kept.read_bytes())
+        if digest == record.network_sha256:
+            return load_compact(kept), classes, ""
+        if twin.is_file() and (other := read_record(twin)).network_sha256 == digest:
+            words = f"trained again on another machine, where it ended at {100 * other.test_accuracy:.2f} %"
+            return load_compact(kept), classes, words
     name = record.config.model
     model = build_model(name, classes, [record.widths[conv] for conv in prunable_convs(name)]).eval()
     if count_parameters(model) != record.parameters:
         raise UnsupportedNetwork(
             f"{path} is missing, and the widths of {record.id} do not say what it is; run it again."
         )
-    return model, classes, False
+    return model, classes, "its file is not here; random weights of its widths stand for it, for size and speed alone"
 
 
 def _published_classes(record: RunRecord) -> int:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_records import fake_record
 from torch import nn
 
 import apbm_core
@@ -140,17 +141,17 @@ def test_a_recorded_network_is_read_or_stands_in_with_its_shapes(name, classes, 
         network="some-run.safetensors",
     )
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    stand_in, found, trained = deployment.recorded_network(results, record)
-    assert (found, trained) == (classes, False)
+    stand_in, found, words = deployment.recorded_network(results, record)
+    assert found == classes and "random weights" in words
     assert {key: value.shape for key, value in stand_in.state_dict().items()} == shapes
     save_compact(results.networks / record.network, model, name, classes)
-    stored, found, trained = deployment.recorded_network(results, record)
-    assert (found, trained) == (classes, True)
+    stored, found, words = deployment.recorded_network(results, record)
+    assert (found, words) == (classes, "")
     assert all(torch.equal(value, stored.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_a_network_that_is_kept_stands_in_for_the_same_network_only(tmp_path):
-    """Equal configurations give other weights on other processors: the file must be the record's own."""
+def test_a_network_that_is_kept_stands_in_for_the_same_run_only_and_says_if_it_is_another_machines(tmp_path):
+    """Equal configurations give other weights on other processors: the file must be the one of some record of them."""
     model = build_model("resnet20").eval()
     kept = save_compact(tmp_path / "trained" / "networks" / "some-run.safetensors", model, "resnet20", 10)
     record = SimpleNamespace(
@@ -163,10 +164,16 @@ def test_a_network_that_is_kept_stands_in_for_the_same_network_only(tmp_path):
         network_sha256=hashlib.sha256(kept.read_bytes()).hexdigest(),
     )
     results = ResultsFolder(tmp_path / "quick")
-    found, _, trained = deployment.recorded_network(results, record)
-    assert trained and torch.equal(next(found.parameters()), next(model.parameters()))
-    record.network_sha256 = "another"
-    assert not deployment.recorded_network(results, record)[2]
+    found, _, words = deployment.recorded_network(results, record)
+    assert not words and torch.equal(next(found.parameters()), next(model.parameters()))
+    digest, record.network_sha256 = record.network_sha256, "another"
+    assert "random weights" in deployment.recorded_network(results, record)[2]
+    elsewhere = fake_record("dense", 0.7125).model_copy(update={"network_sha256": digest})
+    record.id = elsewhere.id
+    assert ResultsFolder(tmp_path / "trained").write(elsewhere).name == f"{record.id}.json"
+    found, _, words = deployment.recorded_network(results, record)
+    assert "another machine" in words and "71.25 %" in words
+    assert torch.equal(next(found.parameters()), next(model.parameters()))
 
 
 def test_stripes_cannot_be_told_from_widths(tmp_path):
