@@ -47,7 +47,7 @@ BEDS: dict[str, dict[str, Any]] = {
 
 PLAN: dict[str, tuple[str, ...]] = {
     "resnet20": (
-        *(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "passing", "average")),
+        *(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "rival", "passing", "average")),
         "passing-fused",
     ),
     "vgg16": (

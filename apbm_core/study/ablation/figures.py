@@ -25,6 +25,8 @@ GROUP_COLOURS = {
     "widths": "#8C6D31",
     "rate": "#332288",
     "passing": "#882255",
+    "average": "#117733",
+    "rival": "#666666",
 }
 VERDICT_COLOURS = {"above": "#009E73", "below": "#D55E00"}
 _LANDMARKS = ("scratch", "slice", "no-fusion", "base", "l1", "dcff")

@@ -61,61 +61,48 @@ def _tau(start: float, end: float, freeze: float) -> dict[str, Any]:
 
 _SLICE = {"fuse": False, "score": "order", "reselect": False}
 
-# The same peak rate for the whole network; 0.2 is the recipe's, whose runs stand among the other variants.
+
+def _at_rates(rates: tuple[float, ...], name: str, label: str, **variant: Any) -> tuple[Variant, ...]:
+    """A variant at other peak rates of the whole network; 0.2 is the recipe's, whose runs stand among the others."""
+    return tuple(
+        Variant(f"{name}-rate-{rate}", "rate", f"{label}, rate {rate}", recipe={"lr": rate}, **variant)
+        for rate in rates
+    )
+
+
+_PASS = {"passing": True}
 _RATES = (
-    *(
-        Variant(
-            f"scratch-rate-{rate}", "rate", f"slim from scratch, rate {rate}", method="scratch", recipe={"lr": rate}
-        )
-        for rate in (0.05, 0.1, 0.8)
+    *_at_rates((0.05, 0.1, 0.8), "scratch", "slim from scratch", method="scratch"),
+    *_at_rates(
+        (0.1, 0.2, 0.4, 0.8),
+        "fan-in",
+        "slim from scratch, drawn at the dense fan-in",
+        options={"fan_in": "dense"},
+        method="scratch",
     ),
-    *(
-        Variant(
-            f"fan-in-rate-{rate}",
-            "rate",
-            f"slim from scratch, drawn at the dense fan-in, rate {rate}",
-            method="scratch",
-            options={"fan_in": "dense"},
-            recipe={"lr": rate},
-        )
-        for rate in (0.1, 0.2, 0.4, 0.8)
-    ),
-    *(
-        Variant(f"slice-rate-{rate}", "rate", f"the slice, rate {rate}", _SLICE, recipe={"lr": rate})
-        for rate in (0.1, 0.4, 0.8)
-    ),
-    *(Variant(f"base-rate-{rate}", "rate", f"base, rate {rate}", recipe={"lr": rate}) for rate in (0.1, 0.4, 0.8)),
-    *(
-        Variant(
-            f"passing-rate-{rate}",
-            "rate",
-            f"passing and fused, rate {rate}",
-            options={"passing": True},
-            recipe={"lr": rate},
-        )
-        for rate in (0.1, 0.4, 0.8)
-    ),
-    *(
-        Variant(
-            f"passing-alone-rate-{rate}",
-            "rate",
-            f"passing, no fusion, rate {rate}",
-            _SLICE,
-            {"passing": True},
-            recipe={"lr": rate},
-        )
-        for rate in (0.1, 0.4, 0.8)
-    ),
-    *(
-        Variant(
-            f"dirac-rate-{rate}",
-            "rate",
-            f"slim from scratch, identity start, rate {rate}",
-            method="dirac",
-            recipe={"lr": rate},
-        )
-        for rate in (0.05, 0.1, 0.4, 0.8)
-    ),
+    *_at_rates((0.1, 0.4, 0.8), "slice", "the slice", settings=_SLICE),
+    *_at_rates((0.1, 0.4, 0.8), "base", "base"),
+    *_at_rates((0.1, 0.4, 0.8), "passing", "passing and fused", options=_PASS),
+    *_at_rates((0.1, 0.4, 0.8), "passing-alone", "passing, no fusion", settings=_SLICE, options=_PASS),
+    *_at_rates((0.05, 0.1, 0.4, 0.8), "dirac", "slim from scratch, identity start", method="dirac"),
+)
+
+# The rivals as the profile `curves` has them; L1 and the branches stand among the others.
+_CONTINUED = {"course": "continue"}
+_RIVALS = (
+    Variant("swp", "rival", "SWP", options=_CONTINUED, method="swp"),
+    Variant("polarization", "rival", "Polarization", options=_CONTINUED, method="polarization"),
+    Variant("dcff-compressed", "rival", "DCFF in these epochs", options={"compress": True}, method="dcff"),
+    Variant("hrank", "rival", "2 epochs dense, cut by HRank", method="hrank"),
+)
+_RIVAL_RATES = tuple(
+    variant
+    for rival in (
+        *_RIVALS,
+        Variant("l1", "rival", "L1", method="l1"),
+        Variant("reparam", "rival", "branches with norms of their own", method="reparam"),
+    )
+    for variant in _at_rates((0.05, 0.1, 0.4, 0.8), rival.name, rival.label, options=rival.options, method=rival.method)
 )
 
 # Averaged weights, for everybody alike: airbench's decay.
@@ -133,7 +120,7 @@ _LOOKAHEAD = (
         "passing-lookahead",
         "average",
         "passing and fused, averaged weights",
-        options={"passing": True},
+        options=_PASS,
         recipe=_AVERAGED,
     ),
 )
@@ -142,15 +129,15 @@ _LOOKAHEAD = (
 _PASSING = (
     Variant("dirac", "passing", "slim from scratch, identity start", method="dirac"),
     Variant("reparam", "passing", "slim from scratch, branches with norms of their own", method="reparam"),
-    Variant("passing", "passing", "the slice, passing its input on; no fusion, no score", _SLICE, {"passing": True}),
-    Variant("passing-selected", "passing", "passing, the KL score selects", {"fuse": False}, {"passing": True}),
-    Variant("passing-fused", "passing", "passing and fused: base's fusion", options={"passing": True}),
+    Variant("passing", "passing", "the slice, passing its input on; no fusion, no score", _SLICE, _PASS),
+    Variant("passing-selected", "passing", "passing, the KL score selects", {"fuse": False}, _PASS),
+    Variant("passing-fused", "passing", "passing and fused: base's fusion", options=_PASS),
     Variant(
         "passing-assigned",
         "passing",
         "passing and fused: unimportant filters divide themselves",
         {"mass": "assigned"},
-        {"passing": True},
+        _PASS,
     ),
     *(
         Variant(
@@ -158,7 +145,7 @@ _PASSING = (
             "passing",
             f"passing and fused in learned amounts: {label}",
             {"mass": mass, "amount": "learned"},
-            {"passing": True},
+            _PASS,
         )
         for name, mass, label in (
             ("gated", "all", "base's fusion"),
@@ -231,9 +218,14 @@ _ALL = (
         "2 stages, entropy widths",
         options={"wide": 2 * _SIXTH, "stages": 2, "widths": "entropy"},
     ),
+    Variant("dirac-balanced", "passing", "identity start, balanced widths", method="dirac", filters="balanced"),
+    Variant("passing-balanced", "passing", "passing and fused, balanced widths", options=_PASS, filters="balanced"),
+    Variant("passing-alone-balanced", "passing", "passing, balanced widths", _SLICE, _PASS, filters="balanced"),
     *_PASSING,
     *_LOOKAHEAD,
     *_RATES,
+    *_RIVALS,
+    *_RIVAL_RATES,
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
 
@@ -300,5 +292,8 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ("all of it: APBM against slim from scratch", "base", "scratch"),
     ("all of it, both learning twice as fast", "bank-lr-2", "scratch-lr-2"),
     ("all of it, at balanced widths", "base-balanced", "scratch-balanced"),
+    ("all of it, passing, at balanced widths", "passing-balanced", "scratch-balanced"),
+    ("fusing, while passing the input on, at balanced widths", "passing-balanced", "passing-alone-balanced"),
+    ("balanced widths, passing and fused", "passing-balanced", "passing-fused"),
 )
 """Each ingredient as a pair of variants that differ by it: (what, with it, without it)."""

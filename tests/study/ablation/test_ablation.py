@@ -26,6 +26,10 @@ def test_every_variant_is_a_different_run_on_every_bed():
         assert all(run.split == "tuning" and run.seed not in (0, 1, 2) for run in runs.values())
 
 
+def test_every_ingredient_has_a_colour():
+    assert {variant.group for variant in VARIANTS.values()} == set(figures.GROUP_COLOURS)
+
+
 def test_base_spells_out_every_option():
     """A new option must be added to BASE, or the recorded base would silently become another configuration."""
     assert Options.model_validate(BASE).model_dump(mode="json") == BASE
