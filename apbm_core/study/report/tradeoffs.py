@@ -17,17 +17,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
+from apbm_core.study.report.curve_titles import in_accuracy, in_macs, in_time
 from apbm_core.study.report.frames import label_dataset, label_model, points, runs_frame
 from apbm_core.study.report.rivals import over_targets
-from apbm_core.study.report.statistics import ABOVE, BELOW
 from apbm_core.study.report.style import colour, line_style, marker, set_title
 
 _IN_COLOUR = ("apbm", "hrank", "polarization", "swp")
 _GREY = "#A8A8A8"
 _TICKS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 97, 98, 99, 99.5)  # percent removed
 _LINE = 11  # points between two names
-_NEAREST = 0.1  # points of accuracy; a lead below it is none
-_SAME_MACS = 0.1  # a share; widths that meet a target of parameters differ by less in rounding
 
 
 def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
@@ -66,11 +64,11 @@ def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration
         else:
             _against_removed(axis, part[part["schedule"] != "equal-time"], against)
         if against == "training seconds":
-            words = _time_finding(part)
+            words = in_time(part)
         elif against == "MACs removed":
-            words = _macs_finding(part)
+            words = in_macs(part, [name for name in _methods(part) if _ink(name) != _GREY])
         else:
-            words = _finding(part, means)
+            words = in_accuracy(part, means)
         set_title(axis, f"{label_model(model)}, {label_dataset(dataset)}: {words}", 84)
     return figure
 
@@ -230,70 +228,3 @@ def _methods(table: pd.DataFrame) -> list[str]:
 def _seeds(part: pd.DataFrame) -> str:
     counts = sorted(set(part["n"])) or [0]
     return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-
-
-def _finding(part: pd.DataFrame, means: pd.DataFrame) -> str:
-    """Over several targets whom APBM is above and whom below, corrected; without such a verdict, who leads."""
-    decided = means[means["verdict"].isin([ABOVE, BELOW])] if len(means) else means
-    if len(decided) and means["points"].max() > 1:
-        sides = {word: ", ".join(decided[decided["verdict"] == word]["rival"]) for word in (ABOVE, BELOW)}
-        said = [f"{word} {names}" for word, names in sides.items() if names]
-        return f"over {means['points'].max()} targets APBM is {' and '.join(said)}"
-    return _leader(part[part["schedule"] != "equal-time"])
-
-
-_NAMED_IN_A_TIE = 3  # more names than that make no title
-
-
-def _leader(part: pd.DataFrame) -> str:
-    """Who is ahead at the target that most methods share."""
-    there = _at_the_shared_target(part)
-    if there.empty:
-        return "the dense network alone"
-    target = there["target"].iloc[0]
-    highest = there["accuracy"].max()
-    best = there[there["accuracy"] > highest - _NEAREST]  # less than the sentence shows is no lead
-    names = [label(method) for method in best.sort_values("accuracy", ascending=False)["method"]]
-    leader = f"{names[0]} leads" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} tie"
-    leader = leader if len(names) <= _NAMED_IN_A_TIE else f"{len(names)} methods tie"
-    sentence = f"at {target:.4g} % removed, {leader} with {highest:.1f} %"
-    apbm, scratch = (there[there["method"] == name]["accuracy"] for name in ("apbm", "scratch"))
-    if len(apbm) and len(scratch):
-        sentence += f"; APBM {apbm.iloc[0] - scratch.iloc[0]:+.1f} points against slim from scratch"
-    return sentence
-
-
-def _at_the_shared_target(part: pd.DataFrame) -> pd.DataFrame:
-    """The compressed networks at the target that most methods have; empty where there are none."""
-    pruned = part[part["method"] != "dense"]
-    return pruned if pruned.empty else pruned[pruned["target"] == pruned["target"].value_counts().idxmax()]
-
-
-def _macs_finding(part: pd.DataFrame) -> str:
-    """How many times APBM's multiply-accumulates the networks in colour keep that differ from it."""
-    there = _at_the_shared_target(part[part["schedule"] != "equal-time"])
-    kept = 1 - there.set_index("method")["MACs removed"] / 100
-    if "apbm" not in kept.index:
-        return _leader(part)
-    factors = (kept / kept["apbm"]).groupby(level=0).mean()
-    others = {name: factors[name] for name in ordered(factors.index) if _ink(name) != _GREY and name != "apbm"}
-    said = [f"{label(name)} {factor:.1f}" for name, factor in others.items() if abs(factor - 1) > _SAME_MACS]
-    words = f"MACs kept as a multiple of APBM's: {', '.join(said)}" if said else "all keep about as many MACs as APBM"
-    return f"at {there['target'].iloc[0]:.4g} % removed, {words}"
-
-
-def _time_finding(part: pd.DataFrame) -> str:
-    """What equal time made of APBM and of the same network from scratch; else who takes how much longer than whom."""
-    means = part.groupby(["target", "schedule", "method"], observed=True)["accuracy"].mean()
-    for target in sorted(part[part["schedule"] == "equal-time"]["target"].unique()):
-        names = [("equal-time", "apbm"), ("equal-time", "scratch"), ("equal", "l1")]
-        there = [(method, means.get((target, schedule, method))) for schedule, method in names]
-        if all(accuracy is not None for _, accuracy in there):
-            words = ", ".join(f"{label(method)} {accuracy:.1f} %" for method, accuracy in there)
-            return f"at {target:.4g} % removed, in L1's time: {words}"
-    timed = part[part["timed alike"]]
-    if timed.empty:
-        return "every mark is of runs timed under different conditions"
-    slowest, fastest = (timed.loc[timed["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
-    ratio = slowest["training seconds"] / fastest["training seconds"]
-    return f"{label(slowest['method'])} takes {ratio:.1f} times as long as {label(fastest['method'])}"

@@ -49,6 +49,11 @@ def test_the_title_says_whom_apbm_is_above_and_below():
     assert title == "ResNet56, CIFAR-10: over 4 targets APBM is above HRank, L1 and below Polarization"
 
 
+def test_of_targets_that_all_have_the_title_names_the_papers():
+    (axis,) = curves.accuracy_curves([record for record in grid(TARGETS) if record.config.seed == 0]).axes
+    assert "at 48.84 % removed" in axis.get_title(loc="left").replace("\n", " ")
+
+
 def test_the_title_over_macs_says_how_many_the_methods_keep():
     def title(**macs):
         records = [fake_record(method, 0.9, target=0.5) for method in macs]
