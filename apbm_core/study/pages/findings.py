@@ -1,7 +1,4 @@
-"""What the recorded runs say, in three sentences and two drawings that need no script.
-
-Every number is computed from the records each time the front page is written.
-"""
+"""What the recorded runs say, in a few sentences; every number is computed from the records when a page is written."""
 
 import html
 import math
@@ -15,31 +12,36 @@ from apbm_core.study.ablation import tables as ablation_tables
 from apbm_core.study.methods import get_method, label
 from apbm_core.study.networks.models import get_network
 from apbm_core.study.records import RunRecord
-from apbm_core.study.report.frames import label_model, points, runs_frame
+from apbm_core.study.report.frames import label_dataset, label_model, points, runs_frame
 from apbm_core.study.report.statistics import ABOVE, BELOW
-from apbm_core.study.report.style import colour
 
 _RIVALS = ("hrank", "polarization", "swp")
+_A_CURVE = 3  # targets, at least
 _WORDS = {ABOVE: "helps", BELOW: "hurts"}
 
 
 def sentences(
     records: Mapping[str, Sequence[RunRecord]], pairs: pd.DataFrame, headline_pairs: pd.DataFrame | None = None
 ) -> list[str]:
-    """One sentence for each network of the profile that was trained longest, and one for the ablation.
+    """What passing the input on does; each network's curve, or what the profile that was trained longest says of it;
+    and the ablation.
 
     Args:
         records: the records of each profile, by its name.
         pairs: the ablation's ingredients, of :func:`ingredients`.
         headline_pairs: the same of the bed with the paper's headline network.
     """
-    said = []
-    first = headline(records)
-    if first:
+    said, drawn = [], set()
+    if profile := curves(records):
+        for (model, dataset), table in curve_points(records[profile]):
+            said.append(_of_curve(table, model, dataset, profile))
+            drawn.add(model)
+    if first := headline(records):
         table = points(runs_frame(records[first]))
         asked = table[table["target"] > 0][["target", "model"]].drop_duplicates().sort_values("target", ascending=False)
         for target, model in asked.itertuples(index=False):
-            said += _of_network(table[table["model"] == model], model, target, _form(records[first], model))
+            if model not in drawn:
+                said += _of_network(table[table["model"] == model], model, target, _form(records[first], model))
     return _of_passing(headline_pairs) + said + _of_ablation(pairs)
 
 
@@ -49,13 +51,37 @@ def ingredients(results: Path, bed: str = "resnet20") -> pd.DataFrame:
 
 
 def headline(records: Mapping[str, Sequence[RunRecord]]) -> str:
-    """The profile whose runs, judged by the test images, took longest in all; empty without any."""
-    seconds = {
-        name: sum(record.seconds for record in runs if record.test_accuracy is not None)
+    """The profile whose runs, judged by the test images, were longest, a run's epochs times the network's size; empty
+    without any."""
+    longest = {
+        name: max(record.config.epochs * record.dense_macs for record in runs if record.test_accuracy is not None)
         for name, runs in records.items()
-        if name != design.FOLDER
+        if any(record.test_accuracy is not None for record in runs)
     }
-    return max(seconds, key=seconds.get) if any(seconds.values()) else ""
+    return max(longest, key=longest.get) if longest else ""
+
+
+def curves(records: Mapping[str, Sequence[RunRecord]]) -> str:
+    """The profile in which APBM and slim from scratch were run at most targets, three at least; empty without any."""
+    count = {
+        name: max((table["target"].nunique() for _, table in curve_points(runs)), default=0)
+        for name, runs in records.items()
+    }
+    return max(count, key=count.get) if any(count.values()) else ""
+
+
+def curve_points(records: Sequence[RunRecord]) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """For each (network, data set) with a curve its points at equal epochs, judged by the test images, at the targets
+    that APBM and slim from scratch share: three at least."""
+    judged = [r for r in records if r.test_accuracy is not None and r.config.schedule == "equal"]
+    if not judged:
+        return []
+    found = []
+    for bed, table in points(runs_frame(judged)).groupby(["model", "dataset"], sort=False):
+        shared = set(table[table["method"] == "apbm"]["target"]) & set(table[table["method"] == "scratch"]["target"])
+        if len(shared) >= _A_CURVE:
+            found.append((bed, table[table["target"].isin(shared | {0.0})]))
+    return found
 
 
 def _form(records: Sequence[RunRecord], model: str) -> str:
@@ -65,6 +91,27 @@ def _form(records: Sequence[RunRecord], model: str) -> str:
     ]
     usual = get_method("apbm").Options().for_network(get_network(model)).passing
     return " (fusion alone; its input was not passed on)" if usual and not any(o.get("passing") for o in ran) else ""
+
+
+def _of_curve(table: pd.DataFrame, model: str, dataset: str, profile: str) -> str:
+    """APBM's differences to slim from scratch, the identity start and the paper's rivals along a curve, each its
+    range."""
+    accuracy = table.pivot_table(index="target", columns="method", values="accuracy", observed=True)
+    rows = table[(table["method"] == "apbm")]
+    seeds = f"{rows['n'].min():.0f} seed{'s' if rows['n'].min() > 1 else ''}"
+    said = []
+    for rival in ("scratch", "dirac", *_RIVALS):
+        if rival in accuracy:
+            each = (accuracy["apbm"] - accuracy[rival]).dropna()
+            where = "" if len(each) == len(rows) else f" at {len(each)} of them"
+            said.append(f"{label(rival)} {each.mean():+.2f} ({each.min():+.2f} to {each.max():+.2f}{where})")
+    targets, epochs = rows["target"], rows["epochs"].iloc[0]
+    return (
+        f"<b>{label_model(model)} on {label_dataset(dataset)}, {len(targets)} targets from {targets.min():.4g} to "
+        f"{targets.max():.4g} % of its parameters removed</b> ({profile}, {epochs:.0f} epochs, {seeds}): "
+        "by so many points APBM is ahead, on average over the targets and from the least to the most, of "
+        f"{'; '.join(said)}."
+    )
 
 
 def _of_network(table: pd.DataFrame, model: str, target: float, form: str) -> list[str]:
@@ -126,92 +173,3 @@ def _of_ablation(pairs: pd.DataFrame) -> list[str]:
             interval = "" if math.isnan(half) else f" ± {half:.2f}"
             words += f" {what}: {row['difference']:+.2f}{interval} points."
     return [words]
-
-
-def drawing(records: Sequence[RunRecord]) -> tuple[str, str]:
-    """The methods' accuracies at equal epochs, a panel a network and target, dense dashed; and its caption."""
-    table = points(runs_frame(records))
-    panels = []
-    for (model, target), group in table[(table["target"] > 0) & (table["schedule"] == "equal")].groupby(
-        ["model", "target"], sort=False
-    ):
-        dense = table[(table["model"] == model) & (table["target"] == 0)]["accuracy"]
-        panels.append((model, target, group.sort_values("accuracy", ascending=False), dense.max()))
-    panels.sort(key=lambda panel: -panel[1])
-    height, parts = 0, []
-    for model, target, rows, dense in panels:
-        values = [*rows["accuracy"], *([] if math.isnan(dense) else [dense])]
-        scale = _scale(min(values), max(values), 232, 385)
-        heading = f"{label_model(model)}, {target:.4g} % removed"
-        parts.append(f'<text x="2" y="{height + 16}" font-weight="600">{heading}</text>')
-        top = height + 24
-        if not math.isnan(dense):
-            x = scale(dense)
-            parts.append(
-                f'<path d="M{x:.1f} {top}V{top + 20 * len(rows)}" class="axis" stroke-dasharray="4 3"/>'
-                f'<text x="428" y="{height + 16}" text-anchor="end" class="faint">dense {dense:.2f}</text>'
-            )
-        for place, row in enumerate(rows.itertuples()):
-            y = top + 20 * place + 10
-            parts.append(
-                f'<path d="M232 {y}H385" class="grid"/><text x="226" y="{y + 4}" text-anchor="end">'
-                f'{html.escape(label(row.method))}</text><circle cx="{scale(row.accuracy):.1f}" cy="{y}" r="5" '
-                f'fill="{on_paper(colour(row.method))}"/><text x="428" y="{y + 4}" text-anchor="end">'
-                f"{row.accuracy:.2f}</text>"
-            )
-        height = top + 20 * len(rows) + 12
-    leaders = [(model, rows.iloc[0]) for model, _, rows, _ in panels]
-    words = "; ".join(f"{label_model(m)}: {label(r['method'])} leads with {r['accuracy']:.2f} %" for m, r in leaders)
-    return _svg(430, height, parts, words), words
-
-
-def forest(pairs: pd.DataFrame) -> tuple[str, str]:
-    """The ablation's ingredients, a row each: difference with its 95 % interval, the seeds as small dots: SVG."""
-    if pairs.empty:
-        return "", ""
-    pairs = pairs.sort_values("difference", ascending=False)
-    low, high = (pick(pairs["each"].map(pick)) for pick in (min, max))
-    half = pairs["interval of difference"].fillna(0)
-    low, high = min(low, (pairs["difference"] - half).min()), max(high, (pairs["difference"] + half).max())
-    scale = _scale(low, high, 4, 426)
-    height = 30 * len(pairs) + 24
-    parts = [f'<path d="M{scale(0):.1f} 4V{height - 20}" class="axis"/>']
-    for place, row in enumerate(pairs.itertuples()):
-        y = 30 * place + 25
-        ink = {"above": "#009e73", "below": "#d55e00"}.get(row.verdict, "var(--faint)")
-        width = pairs["interval of difference"].iloc[place]
-        ends = [] if math.isnan(width) else [scale(row.difference - width), scale(row.difference + width)]
-        bar = f'<path d="M{ends[0]:.1f} {y}H{ends[1]:.1f}" stroke="{ink}" stroke-width="2"/>' if ends else ""
-        dots = "".join(f'<circle cx="{scale(v):.1f}" cy="{y}" r="2.4" fill="{ink}" opacity=".45"/>' for v in row.each)
-        parts.append(
-            f'<text x="2" y="{y - 9}">{html.escape(row.ingredient)}</text><text x="428" y="{y - 9}" text-anchor="end" '
-            f'class="faint">{row.difference:+.2f}</text>{bar}{dots}'
-            f'<circle cx="{scale(row.difference):.1f}" cy="{y}" r="4.5" fill="{ink}"/>'
-        )
-    for tick in range(math.ceil(low), math.floor(high) + 1):
-        parts.append(f'<text x="{scale(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:+d}</text>')
-    helps, hurts = ((pairs["verdict"] == word).sum() for word in ("above", "below"))
-    words = (
-        f"{len(pairs)} ingredients, points of held-out accuracy with it minus without it: after Holm's correction "
-        f"{helps} are above zero (green) and {hurts} below (orange); bars are 95 % intervals of one comparison, dots "
-        "the seeds"
-    )
-    return _svg(430, height, parts, words), words
-
-
-def on_paper(ink: str) -> str:
-    """A colour that can be seen on dark paper as well: the two darkest follow the page's ink."""
-    return {"#000000": "var(--ink)", "#444444": "var(--faint)"}.get(ink.lower(), ink)
-
-
-def _scale(low: float, high: float, left: float, right: float):
-    margin = 0.08 * (high - low) or 1
-    low, high = low - margin, high + margin
-    return lambda value: left + (value - low) / (high - low) * (right - left)
-
-
-def _svg(width: int, height: int, parts: Sequence[str], words: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(words, quote=True)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )

@@ -17,7 +17,7 @@ from scipy import stats
 from apbm_core.errors import RecordError
 from apbm_core.files import sha256, write_atomically
 from apbm_core.study.methods import label
-from apbm_core.study.pages import explorer, findings
+from apbm_core.study.pages import drawings, explorer, findings
 from apbm_core.study.pages.html_page import TEMPLATES, style, text_page
 from apbm_core.study.pages.index import about
 from apbm_core.study.records import OWN, TRAINED, RunRecord, canonical_json, read_record
@@ -53,8 +53,8 @@ def page(results: Path) -> str:
             f"<li>{sentence}</li>"
             for sentence in findings.sentences(records, pairs, findings.ingredients(results, "vgg16"))
         ),
-        "drawing": _figure(*findings.drawing(records[first])),
-        "forest": _section("ablation", "The ablation: one ingredient at a time", _figure(*findings.forest(pairs))),
+        "drawing": _first_figure(records, first),
+        "forest": _section("ablation", "The ablation: one ingredient at a time", _figure(*drawings.forest(pairs))),
         "layer": _section("layer", "One layer, under your hands", _layers(results)),
         "provenance": _provenance(records),
         "pages": "".join(
@@ -68,6 +68,14 @@ def page(results: Path) -> str:
     absent = {name for name in ("ablation", "layer") if not parts[{"ablation": "forest"}.get(name, name)]}
     parts["sections"] = "".join(f'<a href="#{name}">{words}</a>' for name, words in names.items() if name not in absent)
     return re.sub(r"@([a-z]+)@", lambda found: parts[found[1]], (TEMPLATES / "front.html").read_text(encoding="utf-8"))
+
+
+def _first_figure(records: Mapping[str, Sequence[RunRecord]], first: str) -> str:
+    """The curves, where there are any; else the methods' accuracies in the profile that was trained longest."""
+    if profile := findings.curves(records):
+        beds = findings.curve_points(records[profile])
+        return "".join(_figure(*drawings.curve(table, *bed)) for bed, table in beds)
+    return _figure(*drawings.drawing(records[first]))
 
 
 def _figure(picture: str, words: str) -> str:
@@ -125,7 +133,7 @@ def _rows(records: Mapping[str, Sequence[RunRecord]]) -> list[list[Any]]:
                     round(100 * record.macs_removed, 3),
                     round(record.seconds / 60, 3),
                     record.timed_on,
-                    findings.on_paper(colour(method)),
+                    drawings.on_paper(colour(method)),
                     f"{profile}/runs/{record.id}.json",
                     _course(record),
                 ]

@@ -3,17 +3,19 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 import torch
+from fake_records import fake_record
 
 from apbm_core import similarity
 from apbm_core.errors import ConfigError
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.run import execute
 from apbm_core.study.networks.models import build_model
-from apbm_core.study.pages import explorer, findings, front
+from apbm_core.study.pages import drawings, explorer, findings, front
 from apbm_core.study.records import read_record
 
 RESULTS = Path(__file__).parents[3] / "results"
@@ -89,6 +91,38 @@ def test_what_is_said_of_passing_follows_the_verdicts(verdicts, words):
     )
     (said,) = findings.sentences({}, pd.DataFrame(), pairs)
     assert words in said and "+2.50 ± 1.00" in said and "-0.12 ± 0.50" in said and "4 seeds" in said
+
+
+def test_a_curve_is_said_and_drawn_with_the_records_numbers():
+    levels = {
+        "dense": (0.9, 0.9, 0.9),
+        "apbm": (0.88, 0.85, 0.8),
+        "scratch": (0.87, 0.85, 0.76),
+        "swp": (0.89, 0.8, 0.8),
+    }
+    runs = [
+        fake_record(method, level, target=0.0 if method == "dense" else target, model="vgg16")
+        for method, each in levels.items()
+        for target, level in zip((0.5, 0.75, 0.9274), each, strict=True)
+        if method != "dense" or target == 0.5
+    ]
+    records = {"two": runs[:2], "curves": runs}
+    assert findings.curves(records) == "curves" and findings.curves({"two": runs[:3]}) == ""
+    (said,) = findings.sentences(records, pd.DataFrame())
+    assert "VGG16 on CIFAR-10, 3 targets from 50 to 92.74 %" in said and "1 seed)" in said
+    assert "slim from scratch +1.67 (+0.00 to +4.00); SWP +1.33 (-1.00 to +5.00)." in said
+    ((bed, table),) = findings.curve_points(runs)
+    picture, words = drawings.curve(table, *bed)
+    tree = ElementTree.fromstring(picture)
+    lines = [[float(p.split(",")[1]) for p in e.get("points").split()] for e in tree.iter() if "points" in e.attrib]
+    assert len(lines) == 3 and all(len(line) == 3 for line in lines)
+    drawn = sorted(y for line in lines for y in line)  # downwards: the lowest height is the highest accuracy
+    asked = sorted((level for method, each in levels.items() if method != "dense" for level in each), reverse=True)
+    slope = (drawn[-1] - drawn[0]) / (asked[-1] - asked[0])
+    assert drawn == pytest.approx([drawn[0] + slope * (level - asked[0]) for level in asked], abs=0.11)
+    assert "APBM is highest on average, 84.33 %" in words
+    names = [e.text for e in tree.iter() if e.text in ("APBM", "SWP", "slim from scratch", "dense")]
+    assert sorted(names) == ["APBM", "SWP", "dense", "slim from scratch"]
 
 
 def test_a_folder_without_records_has_a_page_all_the_same(tmp_path):
