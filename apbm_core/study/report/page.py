@@ -8,6 +8,7 @@ page.figure(curves.training_curves(records), "curves")       results/<profile>/f
 
 import html
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,8 @@ from apbm_core.study.grid.profiles import (
 from apbm_core.study.grid.run import environment
 from apbm_core.study.records import OWN, PUBLISHED_RESULTS, RunConfig, RunRecord
 from apbm_core.study.report import frames, kernel, style, tables
+
+_MOST_NAMED = 10  # more ids than that are read by nobody
 
 
 def open_page(
@@ -139,7 +142,7 @@ class Page:
         ]
         display(_Opening(self.effective, list(filter(None, lines))))
         if self.study.missing:
-            print(f"not recorded yet: {', '.join(config.id for config in self.study.missing)}")
+            print(f"not recorded yet: {_named(self.study.missing)}")
 
     def table(self, table: pd.DataFrame, name: str = "", caption: str = "") -> None:
         """Show a table, and store it as ``tables/<number>_<name>.csv`` if it has a name."""
@@ -222,3 +225,14 @@ def _titles(figure: Figure) -> str:
     said += [axis.get_title(loc=place) for axis in figure.axes for place in ("left", "center")]
     words = [" ".join(text.split()) for text in said if text.strip()]
     return ". ".join(dict.fromkeys(words)) or "a figure without a title"
+
+
+def _named(configs: Sequence[RunConfig]) -> str:
+    """Runs by their ids; many of them as numbers of each network, data set and seed."""
+    if len(configs) <= _MOST_NAMED:
+        return ", ".join(config.id for config in configs)
+    counts = Counter(
+        f"{frames.label_model(config.model)} on {frames.label_dataset(config.dataset)}, seed {config.seed}"
+        for config in configs
+    )
+    return "; ".join(f"{count} runs of {name}" for name, count in counts.items())

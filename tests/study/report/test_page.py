@@ -54,6 +54,15 @@ def test_a_wrong_change_is_refused_when_the_page_opens(here, changes, sentence):
     assert not (here / "results").exists()
 
 
+def test_many_missing_runs_are_counted_and_few_are_named(here, monkeypatch, capsys):
+    monkeypatch.setenv("APBM_RECORDS_ONLY", "1")
+    few = page.open_page("02_train", "tiny")
+    assert f"not recorded yet: {few.study.missing[0].id}, {few.study.missing[1].id}\n" in capsys.readouterr().out
+    page.open_page("02_train", "tiny", changes={"seeds": [3, 4, 5, 6, 7, 8]})
+    counts = "; ".join(f"2 runs of ResNet20 on scikit-learn digits, seed {seed}" for seed in (3, 4, 5, 6, 7, 8))
+    assert f"not recorded yet: {counts}\n" in capsys.readouterr().out
+
+
 def test_a_page_that_heeds_few_parameters_refuses_the_others(here):
     with pytest.raises(ConfigError, match="05_ablation does not take the parameter 'epochs'. There is: seeds"):
         page.open_page("05_ablation", "tiny", changes={"epochs": 3}, takes=["seeds"])
