@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from apbm_core.errors import ConfigError
-from apbm_core.study.methods.ranking import Scores, prune_by
+from apbm_core.study.methods.ranking import RankingOptions, Scores, prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 STARTS_FROM = ("scratch", "pretrained", "sparse")
@@ -79,16 +79,16 @@ def read(module: ModuleType, name: str, path: str) -> Method:
     """
     _check(module, path)
     if hasattr(module, "prune"):
-        prune = module.prune
+        prune, options = module.prune, NoOptions
     else:
-        prune = prune_by(_checked(module.scores, path), images=getattr(module, "IMAGES", 0))
+        prune, options = prune_by(_checked(module.scores, path), images=getattr(module, "IMAGES", 0)), RankingOptions
     given = {field: getattr(module, field.upper()) for field in _OPTIONAL if hasattr(module, field.upper())}
     starts_from = getattr(module, "STARTS_FROM", "pretrained")
     return Method(
         name=name,
         label=module.LABEL,
         prune=prune,
-        Options=getattr(module, "Options", NoOptions),
+        Options=getattr(module, "Options", options),
         starts_from=starts_from,
         chooses_widths=getattr(module, "CHOOSES_WIDTHS", starts_from == "sparse"),
         **given,

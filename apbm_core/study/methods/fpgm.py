@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apbm_core.similarity import pairwise_distances
-from apbm_core.study.methods.ranking import prune_by
+from apbm_core.study.methods.ranking import RankingOptions, prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "FPGM"
@@ -36,4 +36,4 @@ def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None
     }
 
 
-prune = prune_by(scores)
+Options, prune = RankingOptions, prune_by(scores)

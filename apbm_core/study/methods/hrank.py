@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.methods import l1
-from apbm_core.study.methods.ranking import cut_by
-from apbm_core.study.methods.task import Course, Task
+from apbm_core.study.methods.ranking import RankingOptions, cut_by
+from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.feature_maps import visit_feature_maps
 from apbm_core.study.networks.layers import named_convolutions
-from apbm_core.study.options import added
 
 LABEL = "HRank"
 SUMMARY = "channels whose feature maps have the lowest rank go"
@@ -38,18 +37,11 @@ FINETUNE = {  # HRankPlus's: 0.01, a tenth of it at epochs 50 and 100 of 150
 }  # fmt: skip
 
 
-class Options(BaseModel):
-    """Which of HRank's two published orders is followed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Options(RankingOptions):
+    """Which of HRank's two published orders is followed, and how the training goes on after a cut."""
 
     order: Literal["all-at-once", "layer-by-layer"] = Field(
         "all-at-once", description="cut every layer, then fine-tune (HRankPlus), or cut and fine-tune in turn (HRank)"
-    )
-    course: Course = added(
-        "restart",
-        if_absent="restart",
-        description="whether fine-tuning starts the learning rate's course anew or goes on with the pre-training's",
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from apbm_core.study.methods.ranking import prune_by
+from apbm_core.study.methods.ranking import RankingOptions, prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "L1"
@@ -31,4 +31,4 @@ def scores(model: nn.Module, layers: Sequence[str], images: Tensor | None = None
     }
 
 
-prune = prune_by(scores)
+Options, prune = RankingOptions, prune_by(scores)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apbm_core.study.methods.ranking import prune_by
+from apbm_core.study.methods.ranking import RankingOptions, prune_by
 from apbm_core.study.networks.layers import named_convolutions
 
 LABEL = "random"
@@ -35,4 +35,4 @@ def _generator(seed: int, layer: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: a signed seed
 
 
-prune = prune_by(scores)
+Options, prune = RankingOptions, prune_by(scores)

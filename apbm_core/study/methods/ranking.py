@@ -3,18 +3,32 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from apbm_core.study.methods.target import keep_globally, needed_parameter_target
-from apbm_core.study.methods.task import Task
+from apbm_core.study.methods.task import Course, Task
 from apbm_core.study.networks.layers import keep_largest
+from apbm_core.study.options import added
 from apbm_core.surgery import slim
 
 Scores = Callable[[nn.Module, Sequence[str], Tensor | None, int], dict[str, Tensor]]
 
 
+class RankingOptions(BaseModel):
+    """How the training goes on after the cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    course: Course = added(
+        "restart",
+        if_absent="restart",
+        description="whether fine-tuning starts the learning rate's course anew or goes on with the pre-training's",
+    )
+
+
 def prune_by(scores: Scores, images: int = 0) -> Callable[[Task], nn.Module]:
-    """A method that keeps the filters with the largest ``scores`` of the pre-trained network.
+    """A method that keeps the filters with the largest ``scores`` of the pre-trained network; see RankingOptions.
 
     Args:
         scores: ``(model, layer names, images, seed) -> {name: (n,) scores}``, larger meaning more important.
@@ -23,8 +37,9 @@ def prune_by(scores: Scores, images: int = 0) -> Callable[[Task], nn.Module]:
 
     def prune(task: Task) -> nn.Module:
         """Pre-train the dense network, keep the best-scored filters of every layer, fine-tune what is left."""
-        small = cut_by(scores, task, task.pretrained(), list(task.widths), images)
-        task.train("finetune", small, task.finetune_epochs)
+        before, after = task.courses(getattr(task.options, "course", "restart"), task.pretrain_epochs)
+        small = cut_by(scores, task, task.pretrained(before), list(task.widths), images)
+        task.train("finetune", small, task.finetune_epochs, course=after)
         return small
 
     return prune

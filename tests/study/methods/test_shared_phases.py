@@ -47,7 +47,7 @@ class Named(Exception):
     """Raised where a shared phase would be trained, with its name."""
 
 
-@pytest.mark.parametrize(("method", "setting"), [("polarization", "strength"), ("swp", "alpha"), ("hrank", None)])
+@pytest.mark.parametrize(("method", "setting"), [("polarization", "strength"), ("swp", "alpha"), ("hrank", None), ("l1", None)])
 def test_runs_share_a_phase_only_if_all_that_it_depends_on_is_equal(method, setting, tmp_path, monkeypatch):
     def stop(self, name, *rest):
         raise Named(name)
@@ -69,7 +69,7 @@ def test_a_setting_that_is_searched_for_a_target_is_the_targets_own(method, sear
     assert not any(phase.shared for phase in task.phases)
 
 
-@pytest.mark.parametrize("method", [*RIVALS, "hrank"])
+@pytest.mark.parametrize("method", [*RIVALS, "hrank", "l1"])
 def test_one_course_goes_on_where_two_start_anew(method, tmp_path):
     """The rate of each epoch's last step, from the history, against the recipe's course."""
     restart, _ = run(tmp_path, method)
