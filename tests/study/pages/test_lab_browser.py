@@ -49,10 +49,11 @@ device: cpu
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A repository with the notebooks, the profile `tiny` and one page of `quick` to read."""
+    """A repository with the notebooks, the trained networks, the profile `tiny` and one page of `quick` to read."""
     root = tmp_path_factory.mktemp("lab") / "repository"
     shutil.copytree(ROOT / "notebooks", root / "notebooks")
     (root / "notebooks/profiles/tiny.yaml").write_text(TINY)
+    shutil.copytree(ROOT / "results/trained", root / "results/trained")
     (root / "results/quick").mkdir(parents=True)
     rendered = nbformat.read(ROOT / "results/quick/04_compare.ipynb", as_version=4)
     rendered.cells = [nbformat.v4.new_markdown_cell("# A page that was rendered")]
