@@ -4,9 +4,11 @@ Formulas become MathML, which browsers draw by themselves; the cells that set a 
 to the pages beside it and to the sections.
 """
 
+import base64
 import html
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html_mistune
 
 TEMPLATES = Path(__file__).parent / "templates"
+_MARK = re.compile("\u27e6(\\d+)\u27e7")
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 
 
@@ -43,9 +46,13 @@ class Neighbours:
 
 def notebook_page(notebook: nbformat.NotebookNode, stem: str, neighbours: Neighbours) -> str:
     """A notebook with its outputs as one HTML page."""
-    notebook = nbformat.from_dict({**notebook, "cells": [_with_mathml(cell) for cell in notebook.cells]})
+    formulas: list[str] = []  # put back at last: the exporter would close every tag of a formula by itself
+    cells = [_without_formulas(cell, formulas) for cell in notebook.cells]
+    notebook = nbformat.from_dict({**notebook, "cells": cells})
     exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
     exporter.embed_images = True
+    exporter.register_filter("pixels_across", pixels_across)
+    exporter.register_filter("table_classes", table_classes)
     page, _ = exporter.from_notebook_node(
         notebook,
         resources={
@@ -54,7 +61,8 @@ def notebook_page(notebook: nbformat.NotebookNode, stem: str, neighbours: Neighb
             "navigation": "@navigation@",
         },
     )
-    return page.replace("@navigation@", neighbours.navigation(stem, _sections(page)))
+    page = page.replace("@navigation@", neighbours.navigation(stem, _sections(page)))
+    return _MARK.sub(lambda mark: formulas[int(mark[1])], page)
 
 
 def text_page(title: str, markdown: str, navigation: str = "") -> str:
@@ -67,14 +75,14 @@ def text_page(title: str, markdown: str, navigation: str = "") -> str:
     )
 
 
-def mathml(markdown: str) -> str:
-    """Markdown whose formulas, between dollars, are MathML; code stays as it is."""
+def mathml(markdown: str, put: Callable[[str], str] = str) -> str:
+    """Markdown whose formulas, between dollars, are MathML, or what ``put`` makes of that; code stays as it is."""
 
     def formula(found: re.Match) -> str:
         if found["code"]:
             return found["code"]
         display = "block" if found["block"] else "inline"
-        return convert((found["block"] or found["inline"]).strip(), display=display)
+        return put(convert((found["block"] or found["inline"]).strip(), display=display))
 
     return _MATH.sub(formula, markdown)
 
@@ -95,10 +103,32 @@ def style() -> str:
     return re.sub(r"\s*\n\s*", " ", text).strip()
 
 
-def _with_mathml(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def pixels_across(png: str) -> int:
+    """The width of a picture in pixels, from the head of its base64; the style sheet scales its letters by it."""
+    return struct.unpack(">I", base64.b64decode(png[:32])[16:20])[0]
+
+
+def table_classes(table: str) -> str:
+    """A pandas table whose heads over numbers have the class ``n``, as their cells do, and long words the class ``t``.
+
+    Without them a head stands left of its numbers, and a column of words beside many others is a word wide.
+    """
+    numeric = set(re.findall(r'<td [^>]*class="data row\d+ (col\d+) n"', table))
+    heads = re.compile(r'(<th [^>]*class="col_heading level\d+ (col\d+))"')
+    table = heads.sub(lambda head: f'{head[1]}{" n" if head[2] in numeric else ""}"', table)
+    return re.sub(r'(<td [^>]*class="data row\d+ col\d+)("[^>]*>[^<]{25,}</td>)', r"\1 t\2", table)
+
+
+def _without_formulas(cell: nbformat.NotebookNode, formulas: list[str]) -> nbformat.NotebookNode:
+    """A cell whose formulas are marks; their MathML is appended to ``formulas``."""
     if cell.cell_type != "markdown":
         return cell
-    return nbformat.from_dict({**cell, "source": mathml(cell.source)})
+
+    def put(formula: str) -> str:
+        formulas.append(formula)
+        return f"\u27e6{len(formulas) - 1}\u27e7"
+
+    return nbformat.from_dict({**cell, "source": mathml(cell.source, put)})
 
 
 def _sections(page: str) -> list[tuple[str, str]]:

@@ -4,22 +4,41 @@
 
 The notebooks are copied to ``my/``, which git ignores: whoever turns their knobs there leaves the sources alone. A copy
 that is there already is kept. Lab shows no HTML page of a folder with its pictures and links, so the welcome page leads
-to the rendered notebooks (``.ipynb``) and not to the ``.html`` beside them.
+to the rendered notebooks (``.ipynb``) and not to the ``.html`` beside them. Those can be run, and not be saved over.
 """
 
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import nbformat
+from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
 
 from apbm_core.files import write_atomically
 from apbm_core.study.grid.profiles import load_profile, profile_names
 from apbm_core.study.pages.html_page import TEMPLATES, title_of
+from apbm_core.study.records import OWN, PUBLISHED_RESULTS
 
 MY = "my"
 WELCOME = "welcome.md"
+
+
+class Files(AsyncLargeFileManager):
+    """The repository's files as Lab shows them, of which the published results are there to be read.
+
+    Lab takes a notebook for changed as soon as its kernel has said which Python it is, and saves it within two minutes.
+    """
+
+    def is_writable(self, path: str) -> bool:
+        """Whether Lab may save or delete the file ``path``, counted from the root, with slashes."""
+        return not is_published(path) and super().is_writable(path)
+
+
+def is_published(path: str) -> bool:
+    """Whether ``path``, counted from the root, is among the published results and not among the reader's own."""
+    place = PurePosixPath(path.strip("/"))
+    return place.is_relative_to(PUBLISHED_RESULTS) and not place.is_relative_to(OWN)
 
 
 def prepare(root: Path) -> tuple[list[str], list[str]]:
@@ -82,6 +101,7 @@ def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> No
             f"--ServerApp.root_dir={root}",
             f"--LabApp.default_url=/lab/tree/{MY}/{WELCOME}",
             f"--LabApp.app_settings_dir={TEMPLATES / 'lab'}",
+            f"--ServerApp.contents_manager_class={Files.__module__}.{Files.__name__}",
             "--KernelSpecManager.allowed_kernelspecs=python3",
             *(sys.argv[1:] if arguments is None else arguments),
         ]

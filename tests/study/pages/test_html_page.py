@@ -5,6 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import nbformat
+import pandas as pd
 import pytest
 
 from apbm_core.study.pages import html_page
@@ -34,6 +35,15 @@ def test_every_formula_of_the_notebooks_can_be_drawn():
     for formula in found:
         text = "".join(ElementTree.fromstring(formula).itertext())
         assert "\\" not in text, f"a command was not understood: {text}"
+
+
+def test_the_formulas_of_a_page_are_whole():
+    """The exporter parses every tag in a text by itself, which would leave each element of a formula empty."""
+    said = page(nbformat.v4.new_markdown_cell("Of $D_{ij}$ and\n\n$$\\sum_k p_k$$"), nbformat.v4.new_code_cell("'$x$'"))
+    inline, block = (ElementTree.fromstring(formula) for formula in re.findall(r"<math.*?</math>", said, re.DOTALL))
+    name = "{http://www.w3.org/1998/Math/MathML}"
+    assert ["".join(part.itertext()) for part in inline.find(f".//{name}msub")] == ["D", "ij"]
+    assert "".join(block.itertext()) == "\u2211kpk" and not re.search("[\u27e6\u27e7]", said)
 
 
 def test_a_page_asks_nothing_of_a_network_and_carries_its_style_once():
@@ -83,3 +93,20 @@ def test_outputs_of_every_kind_are_shown():
     said = page(nbformat.v4.new_code_cell("x", outputs=outputs))
     for part in ("a &lt; b", '<div class="scroll"><table>', "{'x': 1}", "ConfigError: no such thing"):
         assert part in html.unescape(said) or part in said, part
+
+
+def test_heads_stand_over_their_numbers_and_long_words_have_room():
+    table = pd.DataFrame({"what": ["a sentence of some length, no less", "short"], "share": [0.5, 1.0]})
+    classes = pd.DataFrame({"what": ["", ""], "share": ["n", "n"]})
+    output = nbformat.v4.new_output(
+        "display_data", data={"text/html": table.style.hide(axis="index").set_td_classes(classes).to_html()}
+    )
+    said = page(nbformat.v4.new_code_cell("x", outputs=[output]))
+    classes = dict((words, found.split()) for found, words in re.findall(r'<t[hd] class="([^"]*)"[^>]*>([^<]*)<', said))
+    assert "n" in classes["share"] and "n" not in classes["what"]
+    assert "t" in classes["a sentence of some length, no less"] and "t" not in classes["short"]
+
+
+def test_a_picture_says_how_wide_it_is():
+    output = nbformat.v4.new_output("display_data", data={"image/png": PIXEL})
+    assert 'style="--px: 1"' in page(nbformat.v4.new_code_cell("x", outputs=[output]))

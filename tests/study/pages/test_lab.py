@@ -1,5 +1,6 @@
 """What `make lab` puts before a reader: links that lead somewhere, copies that are theirs."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def test_copies_are_made_once_and_the_readers_changes_stay(root):
     mine.write_text("mine")
     assert lab.prepare(root) == ([], ["explore.ipynb"])
     assert mine.read_text() == "mine" and (root / lab.MY / lab.WELCOME).read_text().startswith("# Welcome")
+
+
+def test_lab_saves_over_no_published_result_and_everything_else(root):
+    files = lab.Files(root_dir=str(root))
+    for folder, kept in (("results/quick", True), ("results/own/quick", False), (lab.MY, False), ("resultsx", False)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "page.md").write_text("text")
+        for path in (f"{folder}/page.md", f"/{folder}/page.md"):
+            assert asyncio.run(files.get(path, content=False))["writable"] != kept, path
 
 
 def test_git_ignores_the_copies():

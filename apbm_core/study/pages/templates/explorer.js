@@ -36,6 +36,7 @@
     const controls = tag("div", { class: "controls" }, field("layer", layer), field("weights", moment),
       tag("label", {}, "tau ", tau, tauSaid), tag("label", {}, "kept filters ", kept, keptSaid),
       ...Object.entries(choices).map(([k, v]) => field({ metric: "distance" }[k] || k, v)));
+    controls.querySelectorAll("input, select").forEach((node) => node.setAttribute("data-lm-suppress-shortcuts", "true")); // JupyterLab takes the arrow keys otherwise
     const said = tag("p", { class: "said", role: "status", "aria-live": "polite" });
     const left = tag("canvas", { role: "img", "aria-label": "similarity distributions, a row a filter" });
     const bars = document.createElementNS(NS, "svg");
