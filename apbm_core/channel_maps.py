@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch_pruning
-from torch_pruning.dependency import index_mapping, shape_infer
+from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.node import Node
 from torch_pruning.ops import OPTYPE
 
@@ -31,24 +31,66 @@ class ChannelGraph(torch_pruning.DependencyGraph):
 
     Attributes:
         heads: of attention, of which the graph speaks where they are told apart.
+        ending, beginning: node -> the edges that end, or begin, there.
     """
 
     heads: list[Heads]
+    ending: Mapping[Node, list["_Edge"]]
+    beginning: Mapping[Node, list["_Edge"]]
 
     def build_dependency(self, *args: Any, **kwargs: Any) -> "ChannelGraph":
         super().build_dependency(*args, **kwargs)
-        ending, beginning = defaultdict(list), defaultdict(list)
+        self.ending, self.beginning, self._channels = defaultdict(list), defaultdict(list), {}
         for edge in self._edges:
-            ending[edge.reader].append(edge)
-            beginning[edge.maker].append(edge)
-        _tell_parts(self, ending, beginning)
-        self.heads = tell_heads(self, ending)
+            self.ending[edge.reader].append(edge)
+            self.beginning[edge.maker].append(edge)
+        for node in self.module2node.values():  # torch-pruning's map of repeated heads forgets whose channels they are
+            for edge in node.dependencies:
+                edge.index_mapping[:] = [
+                    m for m in edge.index_mapping if not isinstance(m, index_mapping._GQAIndexMapping)
+                ]
+        _tell_parts(self)
+        self.heads = tell_heads(self)
         return self
 
     def _build_dependency(self, module2node: dict) -> None:
         super()._build_dependency(module2node)
         self._edges = list(_edges_of(self))
         _tell_reshapings(self)  # before anything is concluded from them
+        known = Counter(edge.reader for edge in self._edges if edge.reader.type == OPTYPE.CONCAT)
+        for node, count in known.items():
+            if count == len(node.inputs):  # told later; torch-pruning might add what it does not know
+                node.module.concat_sizes = [0] * count
+
+    def channels_on(self, edge: "_Edge") -> int | None:
+        """How many channels the tensor on an edge has, by what was made last of them; None where that is not known."""
+        node, into = edge.maker, self.ending[edge.maker]
+        if node not in self._channels:
+            self._channels[node] = self.get_out_channels(node)  # of a layer, norm or parameter
+            if self._channels[node] is None and node.type not in (OPTYPE.SPLIT, OPTYPE.SLICE):
+                self._channels[node] = self._worked_out(node, into)
+        if node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and into:
+            whole, dim = self.channels_on(into[0]), _dimension(node.grad_fn, into[0].shape)
+            return edge.shape[dim] if whole == into[0].shape[dim] else whole
+        return self._channels[node]
+
+    def _worked_out(self, node: Node, into: list["_Edge"]) -> int | None:
+        known = [count for count in map(self.channels_on, into) if count is not None]
+        if node.type == OPTYPE.CONCAT and len(known) == len(into) > 0:
+            dim = _dimension(node.grad_fn, into[0].shape)
+            if all(count == edge.shape[dim] for count, edge in zip(known, into, strict=True)):
+                return sum(known)
+        name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
+        told = getattr(node.grad_fn, "_saved_self_sizes", ())
+        if known and name.startswith("PixelShuffle"):
+            return known[0] // node.grad_fn._saved_upscale_factor**2
+        if known and name.startswith("PixelUnshuffle"):
+            return known[0] * node.grad_fn._saved_downscale_factor**2
+        if known and name.startswith("GluBackward"):
+            return known[0] // 2
+        if node.type == OPTYPE.RESHAPE and told:
+            return node.grad_fn.after[1]
+        return known[0] if known else None
 
 
 def parts_of(node: Node, shape: torch.Size) -> tuple[int, list[int]]:
@@ -119,23 +161,14 @@ def _tell_reshapings(graph: torch_pruning.DependencyGraph) -> None:
         node.grad_fn = SimpleNamespace(_saved_self_sizes=told, function=node.grad_fn, **shapes)
 
 
-_Edges = Mapping[Node, list[_Edge]]
-
-
-def _tell_parts(graph: torch_pruning.DependencyGraph, ending: _Edges, beginning: _Edges) -> None:
-    """Tell a graph which channels each edge of a split, a concatenation, a gate or a shuffle of pixels speaks of.
-
-    Args:
-        ending, beginning: node -> the edges that end, or begin, there.
-    """
+def _tell_parts(graph: ChannelGraph) -> None:
+    """Tell a graph which channels each edge of a split, a concatenation, a gate or a shuffle of pixels speaks of."""
 
     def is_of_channels(edge: _Edge, dim: int) -> bool:
-        while edge.maker.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and len(ending[edge.maker]) == 1:
-            (edge,) = ending[edge.maker]
-        return edge.shape[dim] == shape_infer.infer_out_channels_recursively(graph, edge.maker, [0])
+        return edge.shape[dim] == graph.channels_on(edge)
 
     for node in graph.module2node.values():
-        into, out_of = ending[node], beginning[node]
+        into, out_of = graph.ending[node], graph.beginning[node]
         name = node.grad_fn.name() if hasattr(node.grad_fn, "name") else ""
         if node.type == OPTYPE.SPLIT and len(into) == 1 and len(out_of) == len(node.outputs):
             dim, sizes = parts_of(node, into[0].shape)

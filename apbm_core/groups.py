@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.ops import OPTYPE
 
+from apbm_core.errors import UnsupportedNetwork
 from apbm_core.tracing import LAYERS, Reached, Trace, channels_of, groups_in, is_depthwise, outputs_of
 
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.PReLU)
@@ -133,6 +134,8 @@ def _group(trace: Trace, layer: nn.Module, calls: Mapping[str, int], coupled: bo
         return alone.but("it has a single filter")
     try:
         items = trace.reached(layer)
+    except UnsupportedNetwork as error:
+        return alone.but(str(error))
     except Exception as error:
         return alone.but(f"torch-pruning cannot follow its outputs ({type(error).__name__}: {error})")
     if not coupled:

@@ -5,7 +5,7 @@ of the result together again, each head is one channel to torch-pruning's graph:
 matrices and softmax, keeps heads apart, or the proof finds it out (proof.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,19 +29,19 @@ class Heads:
     width: int
 
 
-def tell_heads(graph, ending: Mapping[Node, list]) -> list[Heads]:
+def tell_heads(graph) -> list[Heads]:
     """Let the graph speak of heads between the reshapings that take channels apart into them and put them together.
 
     Args:
-        graph: torch-pruning's; its reshapings know their shapes, as ``node.grad_fn.before`` and ``after``.
-        ending: node -> the edges that end there.
+        graph: a ``ChannelGraph``; its reshapings know their shapes, as ``node.grad_fn.before`` and ``after``.
     """
-    found = []
+    found, ending = [], graph.ending
     for node in graph.module2node.values():
         merged = _merged(node) if node.type == OPTYPE.RESHAPE else None
         if merged is None or len(ending[node]) != 1:
             continue
-        if shape_infer.infer_in_channels_recursively(graph, node, [0]) not in (None, prod(merged)):
+        read = shape_infer.infer_in_channels_recursively(graph, node, [0])
+        if read not in (None, prod(merged)) and all(reader.type != OPTYPE.SPLIT for reader in node.outputs):
             continue
         heads, width = merged
         inside, apart = _between(node, heads)
@@ -87,11 +87,7 @@ def _taken_apart(node: Node) -> tuple[int, ...] | None:
 
 def _is_of_channels(graph, start: Node, edges: list, sizes: tuple[int, ...]) -> bool:
     """Whether it is channels that a reshaping takes apart."""
-    if len(edges) != 1:
-        return False
-    maker = edges[0].maker
-    parts = maker.module.split_sizes if maker.type == OPTYPE.SPLIT else None
-    return prod(sizes) in (parts or [shape_infer.infer_out_channels_recursively(graph, maker, [0])])
+    return len(edges) == 1 and graph.channels_on(edges[0]) == prod(sizes)
 
 
 def _shapes(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,7 @@ import io
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ from apbm_core.study.bench.measure import Settings, Table
 from apbm_core.study.bench.zoo.members import ZOO
 
 KEEP = 0.5
-LIMITS = {"seconds": 400, "idle seconds": 600, "gigabytes": 10}
+LIMITS = {"seconds": 120, "idle seconds": 600, "gigabytes": 10}
 GOALS = {"removed": 0.70, "difference": 1e-4}
 QUICK = ("perceptron", "1-d", "strided channels")
 COLUMNS = (
@@ -49,17 +49,21 @@ def networks(settings: Settings) -> list[Table]:
     file = settings.folder / "networks" / f"{settings.name}.csv"
     rows, code, zoo = read(file), code_digest(), zoo_digest()
     by_time = sorted(names, key=lambda name: rows.get(name, {}).get("ours seconds", math.inf))  # the quickest first
-    for number, name in enumerate(by_time, start=1):
-        before = rows.get(name, {})
-        is_same = before.get("zoo") == zoo
-        if is_same and before.get("code") == code:
-            continue
-        theirs = {key: value for key, value in before.items() if key.startswith("torch-pruning")} if is_same else None
-        rows[name] = run_case(name, theirs=theirs) | {"code": code, "zoo": zoo}
-        rows = {key: rows[key] for key in ZOO if key in rows}
-        write(file, rows)
-        print(f"{number}/{len(names)} {_sentence(rows[name])}", flush=True)
-    return [table_of([rows[name] for name in names])]
+    try:
+        for number, name in enumerate(by_time, start=1):
+            before = rows.get(name, {})
+            is_same = before.get("zoo") == zoo
+            if is_same and before.get("code") == code:
+                continue
+            known = {key: value for key, value in before.items() if key.startswith("torch-pruning")}
+            rows[name] = run_case(name, theirs=known if is_same else None) | {"code": code, "zoo": zoo}
+            rows = {key: rows[key] for key in ZOO if key in rows}
+            write(file, rows)
+            print(f"{number}/{len(names)} {_sentence(rows[name])}", flush=True)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", flush=True)
+    done = [name for name in names if (rows.get(name, {}).get("code"), rows.get(name, {}).get("zoo")) == (code, zoo)]
+    return [table_of([rows[name] for name in done], [name for name in names if name not in done])]
 
 
 def run_case(
@@ -105,8 +109,8 @@ def _processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def table_of(rows: list[Row]) -> Table:
-    """The rows that matter to a reader, and whether the goals are met."""
+def table_of(rows: list[Row], missing: Sequence[str] = ()) -> Table:
+    """The rows that matter to a reader, and whether the goals are met; ``missing`` are the networks not done yet."""
     table = Table(
         f"Networks of others: share of the parameters removed at keep = {KEEP:g}",
         ("network", "parameters", "ours", "torch-pruning", "fused against compact", "left alone", "why not more"),
@@ -127,7 +131,7 @@ def table_of(rows: list[Row]) -> Table:
     theirs = [row for row in rows if row.get("torch-pruning") is not None]
     named = [row for row in rows if row.get("ours") is not None or row.get("ours says")]
     unequal = [row["network"] for row in ours if not row["difference"] <= GOALS["difference"]]
-    share = median([row.get("ours") or 0.0 for row in rows])
+    share = median([row.get("ours") or 0.0 for row in rows] or [0.0])
     table.notes += [
         f"Random weights, small images. Ours runs on {len(ours)} of {len(rows)} networks, torch-pruning's pruner on "
         f"{len(theirs)} (magnitudes of groups, the same ratio, the layers of the outputs left out; what it returns is "
@@ -142,9 +146,14 @@ def table_of(rows: list[Row]) -> Table:
         f"Goal: fused and compact agree to {GOALS['difference']:g} on all. {_met(not unequal)}"
         + (f": {', '.join(unequal)} do not." if unequal else f": {len(ours)} of {len(ours)}."),
     ]
-    missing = [name for name in ZOO if not _is_installed(name)]
     if missing:
-        table.notes.append(f"Without timm, {len(missing)} networks are left out: pip install 'apbm-core[bench]'.")
+        table.notes.insert(
+            0,
+            f"Stopped before it was through: {len(missing)} networks are missing; the "
+            f"goals are those of the {len(rows)} that are there. Missing: {', '.join(missing)}.",
+        )
+    if left_out := [name for name in ZOO if not _is_installed(name)]:
+        table.notes.append(f"Without timm, {len(left_out)} networks are left out: pip install 'apbm-core[bench]'.")
     return table
 
 
