@@ -77,6 +77,33 @@ def chunked(x):
     return a * b.sigmoid()
 
 
+class CrossStage(nn.Module):
+    """A third of the channels is kept aside, by a size worked out from one that the module remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.enter, self.inner = 12, conv(8, 12, 1), nn.Sequential(conv(8, 16), nn.Conv2d(16, 8, 1))
+        self.leave = conv(12, 8, 1)
+
+    def forward(self, x):
+        a, b = self.enter(x).split([self.width // 3, self.width - self.width // 3], 1)
+        return self.leave(torch.cat([a.relu(), b + self.inner(b)], 1))
+
+
+class ShuffledHalves(nn.Module):
+    """ShuffleNet's second unit: half of the channels through a branch, both concatenated and shuffled."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(conv(4, 4, 1), conv(4, 4, groups=4), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        x = torch.cat([a, self.branch(b)], 1)
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
 class Pixels(nn.Module):
     """Channels that become places, and places that become channels."""
 
@@ -97,6 +124,8 @@ NETWORKS = {
     "chunks that gate": lambda: Gate(chunked),
     "gated linear unit": lambda: Gate(lambda x: F.glu(x, 1)),
     "pixel shuffle": Pixels,
+    "a third aside": CrossStage,
+    "shuffled halves": ShuffledHalves,
 }
 
 
@@ -112,7 +141,7 @@ def test_what_is_left_is_the_dense_network_without_those_channels(name):
     left = {layer for layer, reason in anatomy.reasons.items() if reason and "depthwise" not in reason}
     assert left == {"3"}  # the output's
     for group in anatomy.groups.values():
-        kept = torch.randperm(group.units)[: group.units // 2 + 1]
+        kept = torch.randperm(group.units)[: (group.units + 1) // 2]
         keep |= {layer: sorted(units[kept].flatten().tolist()) for layer, units in group.layers.items()}
     small = apbm_core.slim(model, IMAGES, keep, groups=True)
     assert sum(p.numel() for p in small.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())
