@@ -88,6 +88,10 @@ class Trace:
         for heads in self.graph.heads:
             for node in heads.apart:
                 self._name_split(node, watch.owners.get(node.grad_fn.function), (heads.count,), heads.width)
+        for node in self.graph.module2node.values():  # autograd's nodes hold on to the feature maps
+            node.grad_fn = None
+            if node.type == OPTYPE.SLICE:
+                node.module.grad_fn = None
 
     def _name_split(self, node: Node, owner: str | None, sizes: tuple[int, ...], width: int | None = None) -> None:
         if owner is not None:
