@@ -1,7 +1,7 @@
 """Benchmark on the networks of others: how much of each goes at keep = 0.5, and whether what is left is right.
 
 Every network of the zoo has a process of its own with limits (network_case.py). They count what it computes and not
-how long it waits, so that a busy machine makes nothing fail. What is found is kept in ``networks/<device>.csv`` at
+how long it waits, so that a busy machine makes nothing fail. What is found is kept in ``<device>-networks.csv`` at
 once, so that a run which was stopped goes on where it stood. Ours is done again when the library has changed,
 torch-pruning's when the zoo, the way of asking or a package has.
 """
@@ -46,7 +46,7 @@ Measure = Callable[[str, float, Mapping[str, Any] | None], Iterator[Row]]
 def networks(settings: Settings) -> list[Table]:
     """Share of the parameters removed from each network, by ours and by torch-pruning's pruner, and why not."""
     names = [name for name in (QUICK if settings.quick else ZOO) if _is_installed(name)]
-    file = settings.folder / "networks" / f"{settings.name}.csv"
+    file = settings.folder / f"{settings.name}-networks.csv"
     rows, code, zoo = read(file), code_digest(), zoo_digest()
     by_time = sorted(names, key=lambda name: rows.get(name, {}).get("ours seconds", math.inf))  # the quickest first
     try:
@@ -92,6 +92,8 @@ def run_case(
             found.append(ours.recv())
     except EOFError:  # it ended, or was ended
         process.join()
+    finally:
+        process.kill()  # where it is this one that is stopped
     why = {
         -signal.SIGXCPU: f"not done within {limits['seconds']:g} s of computing",
         network_case.IDLE: f"it computed nothing for {limits['idle seconds']:g} s",
@@ -149,8 +151,8 @@ def table_of(rows: list[Row], missing: Sequence[str] = ()) -> Table:
     if missing:
         table.notes.insert(
             0,
-            f"Stopped before it was through: {len(missing)} networks are missing; the "
-            f"goals are those of the {len(rows)} that are there. Missing: {', '.join(missing)}.",
+            f"Not through: {len(missing)} networks are missing. What is said of goals holds for the {len(rows)} that "
+            f"are there, which need not be like them: the quick ones come first. Missing: {', '.join(missing)}.",
         )
     if left_out := [name for name in ZOO if not _is_installed(name)]:
         table.notes.append(f"Without timm, {len(left_out)} networks are left out: pip install 'apbm-core[bench]'.")

@@ -91,11 +91,11 @@ def test_what_is_done_is_not_done_again_until_the_library_changes(tmp_path, monk
     monkeypatch.setattr(networks, "zoo_digest", lambda: "others")
     networks.networks(settings)
     assert len(asked) == 10 and known[7:] == [None] * 3
-    with (tmp_path / "networks" / "machine.csv").open(newline="") as stream:
+    with (tmp_path / "machine-networks.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["network"] for row in rows] == [name for name in ZOO if name in networks.QUICK]
     assert rows[0]["ours says"] == 'so, "it" says' and rows[0]["code"] == "another"
-    (tmp_path / "networks" / "machine.csv").write_text("network,ours\nx,1\n")
+    (tmp_path / "machine-networks.csv").write_text("network,ours\nx,1\n")
     with pytest.raises(RecordError, match="not a table of networks"):
         networks.networks(settings)
 
