@@ -4,12 +4,10 @@ Which channels hang together is found by torch-pruning (groups.py), and every su
 what cannot be shown to be right is left alone, and the reason kept.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from apbm_core import proof
@@ -19,15 +17,14 @@ from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import (
     call,
     count_calls,
-    describe,
     evaluation_mode,
     ordinary_inputs,
     refuse_wrapped,
-    tensors_in,
     trained_shapes,
 )
 from apbm_core.fusion import fused_layers
-from apbm_core.groups import LAYERS, Group, find_groups, removes_outputs, tell_shapes
+from apbm_core.groups import LAYERS, Group, find_groups
+from apbm_core.tracing import Trace
 
 
 class Anatomy:
@@ -55,8 +52,8 @@ class Anatomy:
             self.model, self.inputs = model, ordinary_inputs(example_inputs)
             self._plain = ordinary_copy(model)
             calls = count_calls(self._plain, self.inputs)
-            twin, graph = self._trace()
-            found = find_groups(graph, calls, self._untouchable(), self._unfusable(), coupled)
+            self._trace = Trace(copy_of(self._plain), self.inputs)
+            found = find_groups(self._trace, calls, self._untouchable(), self._unfusable(), coupled)
             self.reasons = {name: group.reason for name, group in found.items()}
             right = [group for group in found.values() if group.reason is None]
             if not any(parameter.is_meta for parameter in model.parameters()):  # which hold nothing to compute with
@@ -65,7 +62,7 @@ class Anatomy:
                     self._trained = trained_shapes(model, self.inputs)
                 except Exception:  # such as BatchNorm on a single value: that says nothing about a surgery
                     self._trained = None
-                right = self._proved(right, (twin, graph)) if prove else right
+                right = self._proved(right) if prove else right
         self.groups = {group.name: group for group in right}
         for group in right:
             self.reasons |= dict.fromkeys(group.layers)
@@ -87,15 +84,15 @@ class Anatomy:
                 raise UnsupportedNetwork(f"this {type(self.model).__name__} cannot be cut this way: {reason}.")
         return small, cuts
 
-    def _proved(self, groups: list[Group], traced: tuple) -> list[Group]:
+    def _proved(self, groups: list[Group]) -> list[Group]:
         self._wrong: dict[tuple, list[str]] = {}
         self._put_back: list[Group] = []
-        right = self._provable(groups, traced)
+        right = self._provable(groups)
         if not self._put_back or self._try(self._put_back) is not None:
             return right
         return self._joined(right, self._put_back)
 
-    def _provable(self, groups: list[Group], traced: tuple | None = None) -> list[Group]:
+    def _provable(self, groups: list[Group]) -> list[Group]:
         """Those of the groups that can be cut together and proved right; of the others, the reason is kept.
 
         Halves are tried apart, kind by kind: the blocks of a network repeat each other. Where two groups of a kind are
@@ -104,7 +101,7 @@ class Anatomy:
         groups = [group for group in groups if not self._is_doubtful(group)]
         if not groups:
             return []
-        reason = self._try(groups, traced)
+        reason = self._try(groups)
         if reason is None:
             return groups
         if len(groups) == 1:
@@ -142,37 +139,29 @@ class Anatomy:
         self.reasons |= dict.fromkeys(group.layers, wrong[0])
         return True
 
-    def _try(self, groups: list[Group], traced: tuple | None = None) -> str | None:
+    def _try(self, groups: list[Group]) -> str | None:
         """What goes wrong when every third unit or so of these groups is removed, in no order; or None."""
         keep, generator = {}, torch.Generator().manual_seed(0)
         for group in groups:
             count = min(-(-2 * group.units // 3), group.units - 1)
             keep[group] = torch.randperm(group.units, generator=generator)[:count].sort().values
         try:
-            return self._mistake(*self._cut(keep, traced))
+            return self._mistake(*self._cut(keep))
         except UnsupportedNetwork as error:
             return str(error)
 
-    def _cut(self, keep: Mapping[Group, Tensor], traced: tuple | None = None) -> tuple[nn.Module, Cuts]:
-        twin, graph = traced or self._trace()
-        modules = dict(twin.named_modules())
-        # torch-pruning works through the groups one by one; tags in place of the values remember what came from where.
-        shapes = tag(twin)
-        instance_norms = [m for m in modules.values() if isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels]
+    def _cut(self, keep: Mapping[Group, Tensor]) -> tuple[nn.Module, Cuts]:
+        gone: dict[tuple[str, str], list[Tensor]] = {}
         for group, kept in keep.items():
-            gone = torch.ones(group.units, dtype=torch.bool)
-            gone[kept.cpu()] = False
-            channels = group.layers[group.name][gone].flatten().sort().values.tolist()
-            layer = modules[group.name]
-            try:
-                graph.get_pruning_group(layer, removes_outputs(layer), channels).prune()
-            except Exception as error:
-                raise UnsupportedNetwork(
-                    f"torch-pruning fails to remove its filters ({type(error).__name__}: {error})"
-                ) from error
-        for norm in instance_norms:
-            norm.num_groups = norm.num_channels
-        return twin, cuts_of(twin, shapes)
+            for side, channels in group.without(kept).items():
+                gone.setdefault(side, []).append(channels)
+        small = copy_of(self._plain)
+        shapes = tag(small)  # tags in place of the values remember what came from where
+        try:
+            self._trace.remove(small, {side: torch.cat(channels).unique() for side, channels in gone.items()})
+        except Exception as error:
+            raise UnsupportedNetwork(f"its filters cannot be removed ({type(error).__name__}: {error})") from error
+        return small, cuts_of(small, shapes)
 
     def _mistake(self, small: nn.Module, cuts: Cuts) -> str | None:
         """What is wrong with a cut network, or None; it is given the network's own weights in the end."""
@@ -203,10 +192,6 @@ class Anatomy:
         if after != self._trained:
             return f"in training the network returns other shapes, {after} for {self._trained}"
         return None
-
-    def _trace(self) -> tuple[nn.Module, torch_pruning.DependencyGraph]:
-        twin = copy_of(self._plain)
-        return twin, trace_dependencies(twin, self.inputs)
 
     @property
     def _computed(self) -> list[str]:
@@ -247,36 +232,6 @@ class Anatomy:
                         other: f"{other} shares its {key} with {name}",
                     }
         return reasons
-
-
-def trace_dependencies(model: nn.Module, inputs: Any) -> torch_pruning.DependencyGraph:
-    """torch-pruning's graph of a network, which it is left in evaluation mode by.
-
-    Raises:
-        UnsupportedNetwork: torch-pruning cannot trace it.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:  # torch-pruning follows gradients
-            parameter.requires_grad_(parameter.is_floating_point())
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                model.eval(),
-                example_inputs=inputs,
-                forward_fn=call,
-                output_transform=lambda out: [tensor for tensor in tensors_in(out) if tensor.grad_fn is not None],
-            )
-        tell_shapes(graph)
-        return graph
-    except Exception as error:
-        raise UnsupportedNetwork(
-            f"torch-pruning cannot trace this {type(model).__name__} on inputs of shape {describe(inputs)}: {error}. "
-            "Check that model(example_inputs) runs and is plain PyTorch."
-        ) from error
-    finally:
-        for parameter, trained in flags:
-            parameter.requires_grad_(trained)
 
 
 def _first_line(error: Exception) -> str:

@@ -90,7 +90,7 @@ def fuse_anatomy(anatomy: Anatomy, units: Mapping[str, int], settings: FusionSet
         group, members = anatomy.groups[name], []
         for layer, filters in group.layers.items():
             weight, n = modules[layer].weight, outputs_of(modules[layer])
-            fusion = settings.fusion(n, count * group.copies)
+            fusion = settings.fusion(n, count * filters.shape[1])
             fusion.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
             fusion.join(name, filters, torch.arange(count), out_dim=int(getattr(modules[layer], "transposed", False)))
             fusions[layer] = fusion

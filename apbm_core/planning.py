@@ -64,38 +64,39 @@ def wanted_units(
     check_names(ignore, reasons)
     if min_filters < 1 or multiple < 1:
         raise ConfigError(f"min_filters is {min_filters} and multiple {multiple}; both are whole numbers from 1.")
-    shares: dict[str, float | int] = {}
     if isinstance(keep, Mapping):
         check_names(keep, reasons)
+        said: dict[str, str] = {}  # group -> the layer that speaks for it
         for name in (name for name in reasons if name in keep and name not in ignore):
             if reasons[name] is not None:
                 raise UnsupportedNetwork(f"layer {name!r} cannot be fused: {reasons[name]}.")
-            group = anatomy.group_of(name).name
-            if shares.setdefault(group, keep[name]) != keep[name]:
-                raise ConfigError(
-                    f"layer {name!r} is tied to {group!r}, but keep says {keep[name]} and {shares[group]}."
-                )
+            first = said.setdefault(anatomy.group_of(name).name, name)
+            if keep[first] != keep[name]:
+                raise ConfigError(f"layer {name!r} is tied to {first!r}, but keep says {keep[name]} and {keep[first]}.")
+        wanted = {group: _units_for(anatomy.groups[group], name, keep[name]) for group, name in said.items()}
     else:
-        shares = dict.fromkeys(anatomy.groups, keep)
-    shares = {name: share for name, share in shares.items() if not set(anatomy.groups[name].layers) & set(ignore)}
-    if not shares:
+        wanted = {name: _units_for(group, name, keep) for name, group in anatomy.groups.items()}
+    wanted = {name: units for name, units in wanted.items() if not set(anatomy.groups[name].layers) & set(ignore)}
+    if not wanted:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4] if reason)
         raise UnsupportedNetwork(
             f"no layer of this {type(model).__name__} can be fused ({why or 'it has no layer that others read'}). "
             "Networks whose blocks have inner convolutions, such as VGG, ResNet or DenseNet, can."
         )
     if target is not None:
-        return units_for_target(anatomy, list(shares), target, by, widths, min_filters, multiple)
-    found = {}
-    for name, share in shares.items():
-        group = anatomy.groups[name]
-        filters = group.units * group.copies
-        kept = parse_keep(share, filters, name)
-        if isinstance(share, Integral) and kept % group.copies:
-            raise ConfigError(f"layer {name!r} keeps {group.copies} filters together; {share} is no multiple of that.")
-        wanted = kept // group.copies if isinstance(share, Integral) else parse_keep(share, group.units, name)
-        found[name] = allowed_units(group, wanted, min_filters, multiple)
-    return found
+        return units_for_target(anatomy, list(wanted), target, by, widths, min_filters, multiple)
+    return {name: allowed_units(anatomy.groups[name], units, min_filters, multiple) for name, units in wanted.items()}
+
+
+def _units_for(group: Group, layer: str, share: float | int) -> int:
+    """How many units a group keeps, whose layer ``layer`` keeps this share or number of its filters."""
+    together = group.layers[layer].shape[1]
+    kept = parse_keep(share, group.units * together, layer)
+    if not isinstance(share, Integral):
+        return parse_keep(share, group.units, layer)
+    if kept % together:
+        raise ConfigError(f"layer {layer!r} keeps {together} filters together; {share} is no multiple of that.")
+    return kept // together
 
 
 def parse_keep(value: int | float, n: int, name: str) -> int:

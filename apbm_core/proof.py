@@ -93,7 +93,8 @@ def difference(dense: nn.Module, slim: nn.Module, cuts: Cuts, inputs: list[Any])
                 silenced.append(module)
         with evaluation_mode(slim):
             for batch in inputs:
-                wanted, found = tensors_in(call(dense, batch)), tensors_in(call(slim, batch))
+                found = tensors_in(call(slim, batch))  # first: most that is wrong does not run at all
+                wanted = tensors_in(call(dense, batch))
                 if [a.shape for a in wanted] != [b.shape for b in found]:
                     return float("inf")
                 for a, b in zip(wanted, found, strict=True):

@@ -62,9 +62,8 @@ def slim(
         group = anatomy.group_of(name)
         wholly = torch.isin(group.layers[name], kept)
         if (wholly.any(1) != wholly.all(1)).any():
-            raise ConfigError(
-                f"layer {name!r} keeps or loses {group.copies} filters together, as in {group.layers[name]}."
-            )
+            together = group.layers[name]
+            raise ConfigError(f"layer {name!r} keeps or loses {together.shape[1]} filters together, as in {together}.")
         units[group.name] = wholly.all(1).nonzero()[:, 0]
     return anatomy.cut(units)[0]
 

@@ -182,7 +182,6 @@ DECLINED = {
         lambda: VisionTransformer(64, 16, 1, 2, 32, 64, num_classes=5),
         "encoder.pos_embedding|class_token|parameter",
     ),
-    "shufflenet_v2": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=5), "cannot trace this ShuffleNetV2"),
     "LSTM": (ConvLSTM, "go through lstm, a LSTM"),
     "transformer encoder": (Encoder, "MultiheadAttention"),
     "no convolution": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), "no layer that others read"),

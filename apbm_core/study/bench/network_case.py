@@ -1,18 +1,21 @@
 """One network of the zoo: what fusing it at a keep ratio comes to, and torch-pruning's own pruner at the same ratio.
 
-    python -m apbm_core.study.bench.network_case NAME [KEEP GIGABYTES SECONDS]
+    python -m apbm_core.study.bench.network_case NAME [KEEP]
 
-Prints a line of JSON for ours, and one that has both. It is a process of its own (networks.py) because a network may
-crash, hang, or take all memory.
+prints a line of JSON for ours, and one that has both. In the benchmark it is a process of its own (networks.py) because
+a network may crash, hang, or take all memory.
 """
 
 import json
 import math
+import os
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -28,11 +31,17 @@ from apbm_core.groups import LAYERS
 from apbm_core.planning import wanted_units
 from apbm_core.study.bench.zoo.members import build
 
+IDLE = 75  # the status that a process ends with which has computed nothing for too long
 _PROGRESS = 0.3  # of the training: filters are still mixed, so that fused and compact have something to disagree on
 
 
-def measure(name: str, keep: float = 0.5) -> Iterator[dict[str, Any]]:
+def measure(name: str, keep: float = 0.5, theirs: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """A row of the table, as far as it is known: after ours, and after torch-pruning's. Plain values.
+
+    Args:
+        name: of the network.
+        keep: the share of filters to keep.
+        theirs: torch-pruning's part of the row, where it is known already.
 
     Raises:
         ConfigError: the zoo has no such network, or it needs a package that is not installed.
@@ -41,12 +50,15 @@ def measure(name: str, keep: float = 0.5) -> Iterator[dict[str, Any]]:
     model, inputs = build(name)
     row: dict[str, Any] = {"network": name, "parameters": parameters_of(model)}
     for ask, prefix in ((_ours, "ours"), (_theirs, "torch-pruning")):
-        started = time.perf_counter()
+        if prefix == "torch-pruning" and theirs is not None:
+            yield row | theirs
+            return
+        started = time.process_time()
         try:
             row |= ask(model, inputs, keep)
         except Exception as error:
             row[f"{prefix} says"] = f"{type(error).__name__}: {_line(error)}"
-        row[f"{prefix} seconds"] = round(time.perf_counter() - started, 1)
+        row[f"{prefix} seconds"] = round(time.process_time() - started, 1)
         yield row
 
 
@@ -155,7 +167,17 @@ def _line(text: object) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def limit(gigabytes: float, seconds: float) -> None:
+def run(connection: Connection, limits: Mapping[str, float], threads: int, measure: Callable, *arguments: Any) -> None:
+    """What a process of the benchmark does: send what ``measure`` yields, within the limits (see networks.py)."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    _limit(limits["gigabytes"], limits["seconds"])
+    threading.Thread(target=_end_when_idle, args=(limits["idle seconds"],), daemon=True).start()
+    for known in measure(*arguments):
+        connection.send(known)
+
+
+def _limit(gigabytes: float, seconds: float) -> None:
     """Let allocations of this process fail beyond so much, and end it after so much computing, where the system can."""
     try:
         import resource
@@ -166,9 +188,16 @@ def limit(gigabytes: float, seconds: float) -> None:
         return
 
 
+def _end_when_idle(seconds: float) -> None:
+    """End the process once it has waited for so long and computed nothing: it hangs, however busy the machine is."""
+    computed = -1.0
+    while time.process_time() - computed > 1e-4 * seconds:
+        computed = time.process_time()
+        time.sleep(seconds)
+    os._exit(IDLE)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    name, keep, gigabytes, seconds = [*sys.argv[1:], "0.5", "10", "400"][:4] if len(sys.argv) == 2 else sys.argv[1:5]
-    limit(float(gigabytes), float(seconds))
-    for known in measure(name, float(keep)):
+    for known in measure(sys.argv[1], *map(float, sys.argv[2:3])):
         print(json.dumps(known), flush=True)

@@ -1,82 +1,118 @@
 """Benchmark on the networks of others: how much of each goes at keep = 0.5, and whether what is left is right.
 
-Every network of the zoo has a process of its own with a limit of time and memory (network_case.py). What is found is
-kept in ``networks/<device>.csv`` at once, so that a run which was stopped goes on where it stood; a network is done
-again when the library has changed.
+Every network of the zoo has a process of its own with limits (network_case.py). They count what it computes and not
+how long it waits, so that a busy machine makes nothing fail. What is found is kept in ``<device>-networks.csv`` at
+once, so that a run which was stopped goes on where it stood. Ours is done again when the library has changed,
+torch-pruning's when the zoo, the way of asking or a package has.
 """
 
 import csv
 import hashlib
 import io
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 import apbm_core
 from apbm_core.errors import RecordError
 from apbm_core.files import write_atomically
+from apbm_core.study.bench import network_case
 from apbm_core.study.bench.measure import Settings, Table
 from apbm_core.study.bench.zoo.members import ZOO
 
 KEEP = 0.5
-LIMITS = {"seconds": 400, "gigabytes": 10}
-_PATIENCE = 10  # times the seconds of computing
-_OUT_OF_TIME = 24  # the signal SIGXCPU
+LIMITS = {"seconds": 120, "idle seconds": 600, "gigabytes": 10}
 GOALS = {"removed": 0.70, "difference": 1e-4}
 QUICK = ("perceptron", "1-d", "strided channels")
 COLUMNS = (
     "network", "parameters", "ours", "torch-pruning", "difference", "layers", "left alone", "ours says",
-    "torch-pruning says", "ours seconds", "torch-pruning seconds", "code",
+    "torch-pruning says", "ours seconds", "torch-pruning seconds", "code", "zoo",
 )  # fmt: skip
 _NUMBERS = {"parameters": int, "layers": int, "left alone": int} | dict.fromkeys(
     ("ours", "torch-pruning", "difference", "ours seconds", "torch-pruning seconds"), float
 )
 
+Row = dict[str, Any]
+Measure = Callable[[str, float, Mapping[str, Any] | None], Iterator[Row]]
+
 
 def networks(settings: Settings) -> list[Table]:
     """Share of the parameters removed from each network, by ours and by torch-pruning's pruner, and why not."""
     names = [name for name in (QUICK if settings.quick else ZOO) if _is_installed(name)]
-    file = settings.folder / "networks" / f"{settings.name}.csv"
-    rows, code = read(file), code_digest()
-    for number, name in enumerate(names, start=1):
-        if rows.get(name, {}).get("code") == code:
-            continue
-        rows[name] = run_case(name) | {"code": code}
-        rows = {key: rows[key] for key in ZOO if key in rows}
-        write(file, rows)
-        print(f"{number}/{len(names)} {_sentence(rows[name])}", flush=True)
-    return [table_of([rows[name] for name in names])]
+    file = settings.folder / f"{settings.name}-networks.csv"
+    rows, code, zoo = read(file), code_digest(), zoo_digest()
+    by_time = sorted(names, key=lambda name: rows.get(name, {}).get("ours seconds", math.inf))  # the quickest first
+    try:
+        for number, name in enumerate(by_time, start=1):
+            before = rows.get(name, {})
+            is_same = before.get("zoo") == zoo
+            if is_same and before.get("code") == code:
+                continue
+            known = {key: value for key, value in before.items() if key.startswith("torch-pruning")}
+            rows[name] = run_case(name, theirs=known if is_same else None) | {"code": code, "zoo": zoo}
+            rows = {key: rows[key] for key in ZOO if key in rows}
+            write(file, rows)
+            print(f"{number}/{len(names)} {_sentence(rows[name])}", flush=True)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", flush=True)
+    done = [name for name in names if (rows.get(name, {}).get("code"), rows.get(name, {}).get("zoo")) == (code, zoo)]
+    return [table_of([rows[name] for name in done], [name for name in names if name not in done])]
 
 
-def run_case(name: str, limits: Mapping[str, float] = LIMITS) -> dict[str, Any]:
-    """The row of one network; where its process does not end well, the reason is what ours says."""
-    command = [sys.executable, "-m", "apbm_core.study.bench.network_case", name, str(KEEP)]
-    command += [str(limits["gigabytes"]), str(limits["seconds"])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, sys.path)))}
-    too_long = f"not done within {limits['seconds']:g} s of computing"
-    try:  # the system counts what it computes; on a busy machine it waits as well
-        wait = _PATIENCE * limits["seconds"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=wait, env=environment)
-        said, why = done.stdout, f"its process ended with status {done.returncode}"
-        if done.returncode == -_OUT_OF_TIME:
-            why = too_long
-        elif done.returncode:
-            why += f": {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:160]}"
-    except subprocess.TimeoutExpired as stopped:
-        said, why = (stopped.stdout or b"").decode(), too_long
-    lines = [line for line in said.splitlines() if line.endswith("}")]
-    row = json.loads(lines[-1]) if lines else {"network": name, "ours says": why}
-    return row if len(lines) != 1 else row | {"torch-pruning says": why}
+def run_case(
+    name: str,
+    limits: Mapping[str, float] = LIMITS,
+    measure: Measure = network_case.measure,
+    theirs: Mapping[str, Any] | None = None,
+) -> Row:
+    """The row of one network; where its process does not end well, the reason is what ours says.
+
+    Args:
+        name: of the network.
+        limits: of the process's memory, of the seconds that it computes, and of those in a row that it does not.
+        measure: yields the row as far as it is known; a function of a module.
+        theirs: torch-pruning's part of the row, where it is known already.
+    """
+    context = _processes()
+    ours, its = context.Pipe(duplex=False)
+    arguments = its, limits, torch.get_num_threads(), measure, name, KEEP, theirs
+    process = context.Process(target=network_case.run, args=arguments, daemon=True)
+    process.start()
+    its.close()
+    found: list[Row] = []
+    try:
+        while True:
+            found.append(ours.recv())
+    except EOFError:  # it ended, or was ended
+        process.join()
+    finally:
+        process.kill()  # where it is this one that is stopped
+    why = {
+        -signal.SIGXCPU: f"not done within {limits['seconds']:g} s of computing",
+        network_case.IDLE: f"it computed nothing for {limits['idle seconds']:g} s",
+    }.get(process.exitcode, f"its process ended with status {process.exitcode}")
+    row = found[-1] if found else {"network": name, "ours says": why}
+    return row if len(found) != 1 else row | {"torch-pruning says": why}
 
 
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    """The rows that matter to a reader, and whether the goals are met."""
+def _processes() -> multiprocessing.context.BaseContext:
+    """What starts processes: copies of one that has imported what takes longer than a small network, where it can."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([network_case.__name__, "torchvision.models.detection", "timm"])
+    return context
+
+
+def table_of(rows: list[Row], missing: Sequence[str] = ()) -> Table:
+    """The rows that matter to a reader, and whether the goals are met; ``missing`` are the networks not done yet."""
     table = Table(
         f"Networks of others: share of the parameters removed at keep = {KEEP:g}",
         ("network", "parameters", "ours", "torch-pruning", "fused against compact", "left alone", "why not more"),
@@ -97,7 +133,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     theirs = [row for row in rows if row.get("torch-pruning") is not None]
     named = [row for row in rows if row.get("ours") is not None or row.get("ours says")]
     unequal = [row["network"] for row in ours if not row["difference"] <= GOALS["difference"]]
-    share = median([row.get("ours") or 0.0 for row in rows])
+    share = median([row.get("ours") or 0.0 for row in rows] or [0.0])
     table.notes += [
         f"Random weights, small images. Ours runs on {len(ours)} of {len(rows)} networks, torch-pruning's pruner on "
         f"{len(theirs)} (magnitudes of groups, the same ratio, the layers of the outputs left out; what it returns is "
@@ -112,13 +148,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
         f"Goal: fused and compact agree to {GOALS['difference']:g} on all. {_met(not unequal)}"
         + (f": {', '.join(unequal)} do not." if unequal else f": {len(ours)} of {len(ours)}."),
     ]
-    missing = [name for name in ZOO if not _is_installed(name)]
     if missing:
-        table.notes.append(f"Without timm, {len(missing)} networks are left out: pip install 'apbm-core[bench]'.")
+        table.notes.insert(
+            0,
+            f"Not through: {len(missing)} networks are missing. What is said of goals holds for the {len(rows)} that "
+            f"are there, which need not be like them: the quick ones come first. Missing: {', '.join(missing)}.",
+        )
+    if left_out := [name for name in ZOO if not _is_installed(name)]:
+        table.notes.append(f"Without timm, {len(left_out)} networks are left out: pip install 'apbm-core[bench]'.")
     return table
 
 
-def read(file: Path) -> dict[str, dict[str, Any]]:
+def read(file: Path) -> dict[str, Row]:
     """The rows that a file holds, by network.
 
     Raises:
@@ -139,7 +180,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         raise RecordError(f"{file} is not a table of networks ({error}); delete it, and measure again.") from None
 
 
-def write(file: Path, rows: Mapping[str, dict[str, Any]]) -> None:
+def write(file: Path, rows: Mapping[str, Row]) -> None:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -149,23 +190,34 @@ def write(file: Path, rows: Mapping[str, dict[str, Any]]) -> None:
 
 
 def code_digest() -> str:
-    """Changes with the library's own code, and with the versions of what it stands on."""
+    """Changes with the library's own code."""
+    return _digest(sorted(Path(apbm_core.__file__).parent.glob("*.py")))
+
+
+def zoo_digest() -> str:
+    """Changes with the networks, with what they are asked, and with the packages that both stand on."""
+    folder = Path(network_case.__file__)
+    return _digest([folder, *sorted(folder.parent.glob("zoo/*.py"))], "torch", "torchvision", "torch-pruning", "timm")
+
+
+def _digest(files: list[Path], *packages: str) -> str:
     content = hashlib.sha256()
-    for path in sorted(Path(apbm_core.__file__).parent.glob("*.py")):
+    for path in files:
         content.update(path.read_bytes())
-    for package in ("torch", "torch-pruning"):
-        content.update(metadata.version(package).encode())
+    for package in packages:
+        content.update(_version(package).encode())
     return content.hexdigest()[:12]
 
 
-def _is_installed(name: str) -> bool:
-    if not name.startswith("timm "):
-        return True
+def _version(package: str) -> str:
     try:
-        metadata.version("timm")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""
+
+
+def _is_installed(name: str) -> bool:
+    return not name.startswith("timm ") or bool(_version("timm"))
 
 
 def _is_enough(row: Mapping[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """The comparison on other people's networks: its numbers by hand, what it keeps, and that a case ends as a row."""
 
 import csv
-import sys
+import os
+import time
 
 import pytest
 import torch
@@ -62,49 +63,97 @@ def test_the_outputs_layers_are_found_along_the_gradients():
 
 
 def test_what_is_done_is_not_done_again_until_the_library_changes(tmp_path, monkeypatch, capsys):
-    asked = []
+    asked, known = [], []
 
-    def case(name, *_):
+    def case(name, theirs):
         asked.append(name)
+        known.append(theirs)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return {"network": name, "parameters": 7, "ours": 0.5, "difference": 0.0, "ours says": 'so, "it" says'}
+        row = {"network": name, "parameters": 7, "ours": 0.5, "difference": 0.0, "ours says": 'so, "it" says'}
+        return row | {"ours seconds": float(10 - len(name)), "torch-pruning": 0.25, "torch-pruning seconds": 2.0}
 
     monkeypatch.setattr(networks, "run_case", case)
     settings = Settings(CPU, threads=1, quick=True, folder=tmp_path, name="machine")
-    with pytest.raises(KeyboardInterrupt):
-        networks.networks(settings)
     (table,) = networks.networks(settings)
+    assert [row["network"] for row in table.rows] == ["perceptron"]
+    assert table.notes[0].endswith("Missing: 1-d, strided channels.")
+    (table,) = networks.networks(settings)
+    assert "Missing" not in "".join(table.notes)
     assert asked == ["perceptron", "1-d", "1-d", "strided channels"]
     assert [row["network"] for row in table.rows] == list(networks.QUICK)
     again = networks.networks(settings)[0]
     assert len(asked) == 4 and render_markdown(again.to_json()) == render_markdown(table.to_json())
     monkeypatch.setattr(networks, "code_digest", lambda: "another")
     networks.networks(settings)
-    assert len(asked) == 7
-    with (tmp_path / "networks" / "machine.csv").open(newline="") as stream:
+    assert asked[4:] == ["strided channels", "perceptron", "1-d"]  # the quickest first
+    assert known == [None] * 4 + [{"torch-pruning": 0.25, "torch-pruning seconds": 2.0}] * 3
+    monkeypatch.setattr(networks, "zoo_digest", lambda: "others")
+    networks.networks(settings)
+    assert len(asked) == 10 and known[7:] == [None] * 3
+    with (tmp_path / "machine-networks.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["network"] for row in rows] == [name for name in ZOO if name in networks.QUICK]
     assert rows[0]["ours says"] == 'so, "it" says' and rows[0]["code"] == "another"
-    (tmp_path / "networks" / "machine.csv").write_text("network,ours\nx,1\n")
+    (tmp_path / "machine-networks.csv").write_text("network,ours\nx,1\n")
     with pytest.raises(RecordError, match="not a table of networks"):
         networks.networks(settings)
 
 
-def test_a_process_that_does_not_end_well_is_a_row_with_the_reason(monkeypatch):
-    limits = networks.LIMITS | {"seconds": 0.05}
-    assert networks.run_case("1-d", limits) == {"network": "1-d", "ours says": "not done within 0.05 s of computing"}
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "ended with status 1" in networks.run_case("1-d")["ours says"]
+def computes_without_end(name, *_):
+    while True:
+        pass
+    yield
 
 
-def test_what_is_known_of_ours_outlives_the_other_pruners_time(monkeypatch, tmp_path):
-    slow = tmp_path / "python"
-    slow.write_text('#!/bin/sh\necho \'{"network": "1-d", "ours": 0.7}\'\nexec sleep 60\n')
-    slow.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(slow))
-    row = networks.run_case("1-d", networks.LIMITS | {"seconds": 0.1})
-    assert row == {"network": "1-d", "ours": 0.7, "torch-pruning says": "not done within 0.1 s of computing"}
+def waits_for_nothing(name, *_):
+    time.sleep(3600)
+    yield
+
+
+def ends(name, *_):
+    os._exit(7)
+    yield
+
+
+def is_half_done(name, *_):
+    yield {"network": name, "ours": 0.7}
+    yield from computes_without_end(name)
+
+
+def says_what_it_was_told(name, keep, theirs):
+    yield {"network": name, "ours": keep}
+    yield {"network": name, "ours": keep, "threads": torch.get_num_threads()} | theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("measure", "why"),
+    [
+        (computes_without_end, "not done within 1 s of computing"),
+        (waits_for_nothing, "it computed nothing for 2 s"),
+        (ends, "its process ended with status 7"),
+    ],
+)
+def test_a_process_that_does_not_end_well_is_a_row_with_the_reason(measure, why):
+    limits = networks.LIMITS | {"seconds": 1, "idle seconds": 2}
+    assert networks.run_case("1-d", limits, measure) == {"network": "1-d", "ours says": why}
+    row = networks.run_case("1-d", limits, is_half_done)
+    why = "not done within 1 s of computing"
+    assert row == {"network": "1-d", "ours": 0.7, "torch-pruning says": why}
+
+
+@pytest.mark.slow
+def test_a_process_is_told_the_threads_and_what_is_known():
+    row = networks.run_case("1-d", measure=says_what_it_was_told, theirs={"torch-pruning": 0.25})
+    expected = {"network": "1-d", "ours": networks.KEEP, "threads": torch.get_num_threads(), "torch-pruning": 0.25}
+    assert row == expected
+
+
+def test_the_other_pruners_part_of_a_row_is_kept_where_it_is_known():
+    known = {"torch-pruning": 0.25, "torch-pruning seconds": 3.0}
+    *_, row = network_case.measure("perceptron", theirs=known)
+    assert row["ours"] > 0.6 and row["torch-pruning"] == 0.25 and row["torch-pruning seconds"] == 3.0
 
 
 def test_goals_count_what_does_not_run_as_nothing_removed():

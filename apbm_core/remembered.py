@@ -1,0 +1,104 @@
+"""Sizes that a network's own code remembers: those into which a module splits or reshapes its channels.
+
+``torch.split(x, [self.part, self.rest], 1)`` fails once some channels are gone, and ``x.view(n, self.heads, -1)`` once
+some heads are, unless the attributes are written anew. Which module it is is found while the network runs; whether what
+was written is right, the proof says (proof.py).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_WATCHED = ("split", "split_with_sizes", "view", "reshape", "unflatten")
+
+
+class SizeWatch(TorchFunctionMode):
+    """Sees which module splits or reshapes tensors into sizes that are given, while a network runs.
+
+    Attributes:
+        owners: what autograd calls the result -> the name of the module whose code it is in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: dict[Any, str] = {}
+        self._inside = [""]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _WATCHED:
+            made = result if isinstance(result, (tuple, list)) else [result]
+            self.owners.update({part.grad_fn: self._inside[-1] for part in made if part.grad_fn is not None})
+        return result
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Follow which module of the network runs."""
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda _m, _i, name=name: self._inside.append(name)))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of channels by the code of module ``owner`` into parts of these sizes; or of heads, of so many channels.
+
+    Where ``width`` is given, the sizes are the number of heads alone.
+    """
+
+    owner: str
+    sizes: tuple[int, ...]
+    width: int | None = None
+
+    def sizes_without(self, gone: Tensor) -> list[tuple[int, int]]:
+        """What its sizes, and their sum, were and are now."""
+        stays = torch.ones(sum(self.sizes), dtype=torch.bool)
+        stays[gone[gone < len(stays)]] = False
+        if self.width is not None:
+            return [(len(stays) * self.width, int(stays.sum()) * self.width)]
+        parts = [*zip(self.sizes, stays.split(self.sizes), strict=True), (len(stays), stays)]
+        return [(before, int(part.sum())) for before, part in parts]
+
+
+def write_sizes(model: nn.Module, splits: Mapping[str, Split], gone: Mapping[str, Tensor]) -> None:
+    """Where modules remember into which sizes they split their channels, write down what is left of each.
+
+    Args:
+        model: a network whose channels were cut.
+        splits: of the network as it was, by names of their own.
+        gone: name of a split -> which of the channels, or heads, that come to it were cut.
+    """
+    left: dict[str, dict[int, set[int]]] = {}
+    heads: dict[str, dict[int, int]] = {}
+    for name, split in splits.items():
+        cut = gone.get(name, torch.tensor([], dtype=torch.long))
+        for before, after in split.sizes_without(cut):
+            left.setdefault(split.owner, {}).setdefault(before, set()).add(after)
+        if split.width is not None:
+            heads.setdefault(split.owner, {})[split.sizes[0]] = split.sizes[0] - len(cut)
+    for owner, now in left.items():
+        certain = {before: after.pop() for before, after in now.items() if len(after) == 1}
+        module = model.get_submodule(owner)
+        for key, value in vars(module).items():
+            if type(value) is int and "head" in key and "dim" not in key and value in heads.get(owner, ()):
+                setattr(module, key, heads[owner][value])
+            elif type(value) is int and value in certain:
+                setattr(module, key, certain[value])
+            elif type(value) in (tuple, list) and all(type(item) is int for item in value):
+                setattr(module, key, type(value)(certain.get(item, item) for item in value))
