@@ -47,7 +47,9 @@ class Named(Exception):
     """Raised where a shared phase would be trained, with its name."""
 
 
-@pytest.mark.parametrize(("method", "setting"), [("polarization", "strength"), ("swp", "alpha"), ("hrank", None), ("l1", None)])
+@pytest.mark.parametrize(
+    ("method", "setting"), [("polarization", "strength"), ("swp", "alpha"), ("hrank", None), ("l1", None)]
+)
 def test_runs_share_a_phase_only_if_all_that_it_depends_on_is_equal(method, setting, tmp_path, monkeypatch):
     def stop(self, name, *rest):
         raise Named(name)
