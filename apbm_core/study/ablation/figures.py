@@ -60,7 +60,7 @@ def differences(table: pd.DataFrame, records: Records, reference: str = "scratch
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(
-        f"points of held-out accuracy against {VARIANTS[reference].label}, paired by seed; {CONFIDENCE:.0%} interval"
+        f"points of held-out accuracy against\n{VARIANTS[reference].label}, paired by seed;\n{CONFIDENCE:.0%} interval"
     )
     figure.suptitle(title or _finding(rows, reference), x=0.01, ha="left", fontsize=11)
     return figure

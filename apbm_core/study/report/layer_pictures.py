@@ -124,13 +124,16 @@ def temperature_course(schedules: Mapping[str, TemperatureSchedule], weight: Ten
         values = [_at(schedule, weight, epoch / epochs) for epoch in range(epochs)]
         first_epoch.append(f"{name} {values[0][0]:.2f} then {values[1][0]:.2f}")
         for axis, line in zip(axes, zip(*values, strict=True), strict=True):
-            axis.plot(range(epochs), line, "o-", ms=3.5, color=colour, label=name)
+            axis.plot(
+                range(epochs), line, "o-", ms=3.5, color=colour, label=name, clip_on=False
+            )  # marks at zero stay whole
     axes[1].axhline(torch.log(torch.tensor(len(weight))).item(), color="#444444", ls="--", lw=1)
     for axis, quantity in zip(axes, quantities, strict=True):
-        axis.set_xlabel("epoch")
         axis.set_ylabel(quantity)
         axis.set_ylim(bottom=0)
-    axes[0].set_title("Self-mass: " + "; ".join(first_epoch), loc="left", fontsize=10)
+    axes[-1].set_xlabel("epoch")
+    words = "What a filter keeps to itself in the first two epochs: " + "; ".join(first_epoch)
+    axes[0].set_title(words, loc="left", fontsize=10)
     axes[0].legend()
     return figure
 
