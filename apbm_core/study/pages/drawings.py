@@ -12,6 +12,8 @@ from apbm_core.study.report.frames import label_dataset, label_model, points, ru
 from apbm_core.study.report.style import colour
 
 _WIDTH = 430
+_CURVE_WIDTH = 520  # its lines' names stand beside it
+_STEPS, _MOST_LINES = (1, 2, 5, 10, 20), 6  # points of accuracy between two lines of the grid, and how many there are
 _CURVES_IN_COLOUR = ("apbm", "scratch", "hrank", "polarization", "swp")
 
 
@@ -28,7 +30,8 @@ def curve(table: pd.DataFrame, model: str, dataset: str) -> tuple[str, str]:
     height, across = _scale(low, high, bottom, top), _scale(*_left(pruned["target"].agg(["min", "max"])), 34, 300)
     heading = f"{label_model(model)}, {label_dataset(dataset)}: test accuracy (%) against parameters removed (%)"
     parts = [f'<text x="2" y="16" font-weight="600">{heading}</text>']
-    for value in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
+    step = next((step for step in _STEPS if (high - low) / step <= _MOST_LINES), _STEPS[-1])
+    for value in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
         y = height(value)
         parts.append(f'<path d="M30 {y:.1f}H306" class="grid"/><text x="2" y="{y + 4:.1f}">{value}</text>')
     for target in sorted(pruned["target"].unique()):
@@ -64,7 +67,7 @@ def curve(table: pd.DataFrame, model: str, dataset: str) -> tuple[str, str]:
         f"{mean.max():.2f} %"
     )
     words += "" if mean.idxmax() == "apbm" else f", APBM has {mean['apbm']:.2f} %"
-    return _svg(_WIDTH, bottom + 26, parts, words), words
+    return _svg(_CURVE_WIDTH, bottom + 26, parts, words), words
 
 
 def _left(removed):
