@@ -59,15 +59,18 @@ def test_it_asks_nothing_of_a_network(said):
 def test_the_findings_are_readable_without_scripts_and_are_the_records(said):
     before_scripts = re.sub(r"<script.*?</script>", "", said, flags=re.DOTALL)
     by_id = {path.stem: read_record(path) for path in PATHS if path.parts[-3] == "cpu"}
-    headline = findings.headline(front.read_all(RESULTS))
-    assert headline == "cpu"
+    records = front.read_all(RESULTS)
+    assert findings.headline(records) == "cpu" and findings.curves(records) == "curves"
     for method in ("apbm", "scratch", "swp"):
         (record,) = [
             r for r in by_id.values()
-            if r.config.model == "vgg16" and r.config.method == method and r.config.widths == "uniform"
-            and r.config.schedule == "equal"
+            if r.config.model == "resnet56" and r.config.method == method and r.config.schedule == "equal"
         ]  # fmt: skip
         assert f"{100 * record.test_accuracy:.2f} %" in before_scripts
+    level = {(r.config.method, r.config.target): 100 * r.test_accuracy for r in records["curves"]}
+    for rival, words in (("scratch", "slim from scratch"), ("swp", "SWP"), ("polarization", "Polarization")):
+        each = [level["apbm", target] - level[rival, target] for target in (0.75, 0.9274, 0.97, 0.99)]
+        assert f"{words} {sum(each) / 4:+.2f} ({min(each):+.2f} to {max(each):+.2f})" in before_scripts
     assert before_scripts.count("<svg") >= 2 and 'role="img"' in before_scripts
 
 
