@@ -72,7 +72,7 @@ class TrainingStep:
         self.precision, channels_last = resolve_precision(recipe.precision, recipe.channels_last, device)
         self.layout, self.device, self.recipe = memory_format(channels_last), device, recipe
         self.model = model.to(device, memory_format=self.layout).train()
-        self.forward = CompiledForward(model) if recipe.compile else model
+        self.forward = CompiledForward(model, recipe.compile) if recipe.compile else model
         augmentation = Augmentation(padding=recipe.padding, crop=recipe.crop, flip=recipe.flip)
         source = BatchSource(split.train, split.mean, split.std, recipe.batch_size, device, augmentation, seed)
         self.batches = endless(source)

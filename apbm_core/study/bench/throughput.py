@@ -77,6 +77,8 @@ def _steps(member: tuple[str, str], settings: Settings) -> dict[str, TrainingSte
         del variants[_USUAL]
     if settings.compile:
         variants[f"{_CHOSEN}, compiled"] = {"compile": True}
+        if settings.device.type == "cuda":
+            variants[f"{_CHOSEN}, CUDA graphs"] = {"compile": "reduce-overhead"}
     return {
         variant: TrainingStep(
             network(*member),

@@ -63,16 +63,23 @@ class CompiledForward:
 
     Where compiling fails (no C++ compiler, an operation it does not know), a warning says so and the module itself is
     called from then on.
+
+    Args:
+        model: what is compiled; again whenever its form changes, for example because a bank was dropped.
+        mode: True for torch's default mode, or "reduce-overhead", which on a GPU records the kernels of a step's
+            forward and backward pass once, as CUDA graphs, and launches each as a whole.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, mode: bool | str = True):
+        self._model, self._mode = model, "default" if mode is True else str(mode)
         self._forward = None
 
     def __call__(self, images: Tensor) -> Tensor:
         try:
             if self._forward is None:
-                self._forward = torch.compile(self._model)
+                self._forward = torch.compile(self._model, mode=self._mode)
+            if self._mode != "default":
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits and gradients may be written over
             return self._forward(images)
         except Exception as error:  # compilers fail in many ways; an error of the model's own is raised again below
             if self._forward is self._model:

@@ -158,7 +158,7 @@ class Training:
         else:
             arithmetic = (self.precision, self.channels_last)
             self.lowered = choose_lowered(model, recipe, source.image_size, device, *arithmetic)
-        self.forward = CompiledForward(model) if recipe.compile else model
+        self.forward = CompiledForward(model, recipe.compile) if recipe.compile else model
         self.guard = LossGuard(device, 1 if device.type == "cpu" else _STEPS_BETWEEN_LOSS_CHECKS)
         self.tally, self.stopwatch = Tally(device), Stopwatch(device)
         self.stop: Callable[[], bool] = lambda: False

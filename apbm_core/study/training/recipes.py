@@ -59,7 +59,11 @@ class Recipe(BaseModel):
     lookahead: float = Field(
         0.0, ge=0, lt=1, description="decay of the running average that the weights return to; 0: none"
     )
-    compile: bool = Field(False, description="torch.compile the forward pass; falls back to eager with a warning")
+    compile: bool | Literal["reduce-overhead"] = Field(
+        False,
+        description="torch.compile the forward pass; falls back to eager with a warning. 'reduce-overhead' records it"
+        " as CUDA graphs, for small networks on a GPU, whose time is that of launching kernels",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self):

@@ -203,3 +203,18 @@ def test_the_card_agrees_with_the_processor():
     net = apbm_core.compact(slim).eval()
     torch.backends.cudnn.allow_tf32 = False
     torch.testing.assert_close(net(images.to(CUDA)).cpu(), net.cpu()(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_graphs_train_as_the_step_does(name):
+    """torch.compile's CUDA graphs: some steps, a rescoring that changes P among them, end near the eager ones."""
+    ends = []
+    for mode in (False, "reduce-overhead"):
+        torch.manual_seed(0)
+        with training_of(name, CUDA, images=40) as training:
+            training.forward = loop.CompiledForward(training.model, mode) if mode else training.model
+            for _ in range(2):
+                training.train_epoch(lambda context: None)
+            ends.append([row["train_loss"] for row in training.context.history])
+    assert ends[0] == pytest.approx(ends[1], rel=2e-2)

@@ -566,9 +566,11 @@ class Compiler:
     """Stands in for torch.compile: works, or fails when it is first used, as a missing C++ compiler does."""
 
     def __init__(self, works):
-        self.works, self.calls = works, 0
+        self.works, self.calls, self.mode = works, 0, None
 
-    def __call__(self, model):
+    def __call__(self, model, mode):
+        self.mode = mode
+
         def forward(images):
             self.calls += 1
             if not self.works:
@@ -588,21 +590,23 @@ def test_compiling_that_fails_is_a_warning_and_changes_nothing(monkeypatch):
     assert_equal_states(model.state_dict(), expected.state_dict())
 
 
-def test_compiling_is_used_in_every_step_and_keeps_the_names(monkeypatch):
+@pytest.mark.parametrize(("asked", "mode"), [(True, "default"), ("reduce-overhead", "reduce-overhead")])
+def test_compiling_is_used_in_every_step_and_keeps_the_names(asked, mode, monkeypatch):
     compiler, model = Compiler(True), make_net()
     names = list(model.state_dict())
     monkeypatch.setattr(torch, "compile", compiler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, make_split(), RECIPE.model_copy(update={"compile": True}), 2, seed=0)
-    assert compiler.calls == 2 * STEPS
+        train(model, make_split(), RECIPE.model_copy(update={"compile": asked}), 2, seed=0)
+    assert compiler.calls == 2 * STEPS and compiler.mode == mode
     assert list(model.state_dict()) == names
 
 
 @pytest.mark.slow
-def test_the_real_compiler_trains_about_the_same():
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_the_real_compiler_trains_about_the_same(mode):
     model, expected = make_net(0.0), make_net(0.0)
-    train(model, make_split(), RECIPE.model_copy(update={"compile": True}), 1, seed=0)
+    train(model, make_split(), RECIPE.model_copy(update={"compile": mode}), 1, seed=0)
     train(expected, make_split(), RECIPE, 1, seed=0)
     for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-2, atol=1e-3, msg=name)
