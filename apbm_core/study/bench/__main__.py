@@ -107,8 +107,8 @@ def run_sections(names: Sequence[str], settings: Settings, folder: str | Path) -
     """
     facts = environment(settings.device) | {"load_before": _load()}
     facts["versions"] = facts["versions"] | _optional_versions()
-    settings = replace(settings, folder=Path(folder), name=file_name(settings, facts["device"]))
-    file = BenchFile(folder, settings.name)
+    settings = replace(settings, folder=Path(folder))
+    file = BenchFile(folder, file_name(settings, facts["device"]))
     print(f"{facts['device']} ({_instructions(facts)}), {settings.threads} threads, torch {facts['torch']}")
     print(f"Cells read: median (quartiles over the rounds).{' ' + QUICK if settings.quick else ''}")
     for name in names:

@@ -36,7 +36,7 @@ class Settings:
         score_images: images that HRank's criterion looks at; the paper takes 640.
         source_images: images in the training set of the input pipeline; CIFAR has 50,000.
         throughput_batch: images of a batch of a deployed network.
-        folder, name: where a section may keep what it can go on from, and under which file name.
+        folder: where a section may keep what it can go on from.
     """
 
     device: torch.device
@@ -51,7 +51,6 @@ class Settings:
     source_images: int = 50_000
     throughput_batch: int = 256
     folder: Path = Path("results/bench")
-    name: str = "bench"
 
     @classmethod
     def rough(cls, device: torch.device, threads: int, **others: Any) -> "Settings":

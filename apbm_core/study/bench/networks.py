@@ -1,9 +1,9 @@
 """Benchmark on the networks of others: how much of each goes at keep = 0.5, and whether what is left is right.
 
 Every network of the zoo has a process of its own with limits (network_case.py). They count what it computes and not
-how long it waits, so that a busy machine makes nothing fail. What is found is kept in ``<device>-networks.csv`` at
-once, so that a run which was stopped goes on where it stood. Ours is done again when the library has changed,
-torch-pruning's when the zoo, the way of asking or a package has.
+how long it waits, so that a busy machine makes nothing fail. What is found is kept in ``networks.csv`` at once, so
+that a run which was stopped goes on where it stood, on another machine as well: shares do not depend on it. Ours is
+done again when the library has changed, torch-pruning's when the zoo, the way of asking or a package has.
 """
 
 import csv
@@ -46,7 +46,7 @@ Measure = Callable[[str, float, Mapping[str, Any] | None], Iterator[Row]]
 def networks(settings: Settings) -> list[Table]:
     """Share of the parameters removed from each network, by ours and by torch-pruning's pruner, and why not."""
     names = [name for name in (QUICK if settings.quick else ZOO) if _is_installed(name)]
-    file = settings.folder / f"{settings.name}-networks.csv"
+    file = settings.folder / f"networks{'-quick' * settings.quick}.csv"
     rows, code, zoo = read(file), code_digest(), zoo_digest()
     by_time = sorted(names, key=lambda name: rows.get(name, {}).get("ours seconds", math.inf))  # the quickest first
     try:

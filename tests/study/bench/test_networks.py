@@ -74,7 +74,7 @@ def test_what_is_done_is_not_done_again_until_the_library_changes(tmp_path, monk
         return row | {"ours seconds": float(10 - len(name)), "torch-pruning": 0.25, "torch-pruning seconds": 2.0}
 
     monkeypatch.setattr(networks, "run_case", case)
-    settings = Settings(CPU, threads=1, quick=True, folder=tmp_path, name="machine")
+    settings = Settings(CPU, threads=1, quick=True, folder=tmp_path)
     (table,) = networks.networks(settings)
     assert [row["network"] for row in table.rows] == ["perceptron"]
     assert table.notes[0].endswith("Missing: 1-d, strided channels.")
@@ -91,11 +91,11 @@ def test_what_is_done_is_not_done_again_until_the_library_changes(tmp_path, monk
     monkeypatch.setattr(networks, "zoo_digest", lambda: "others")
     networks.networks(settings)
     assert len(asked) == 10 and known[7:] == [None] * 3
-    with (tmp_path / "machine-networks.csv").open(newline="") as stream:
+    with (tmp_path / "networks-quick.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["network"] for row in rows] == [name for name in ZOO if name in networks.QUICK]
     assert rows[0]["ours says"] == 'so, "it" says' and rows[0]["code"] == "another"
-    (tmp_path / "machine-networks.csv").write_text("network,ours\nx,1\n")
+    (tmp_path / "networks-quick.csv").write_text("network,ours\nx,1\n")
     with pytest.raises(RecordError, match="not a table of networks"):
         networks.networks(settings)
 
