@@ -28,9 +28,11 @@ from torch.nn.utils import parametrize
 
 from apbm_core.errors import ConfigError, UnsupportedNetwork
 from apbm_core.forward import evaluation_mode
+from apbm_core.fusion import FilterFusion
 from apbm_core.normed import normed_convolutions
 
 KINDS = ("pointwise", "identity")
+FUSED = "fused"  # of a fused convolution only: its unimportant filters' own branch (responses.py)
 
 
 class BranchedConv2d(nn.Module):
@@ -39,7 +41,8 @@ class BranchedConv2d(nn.Module):
     Args:
         conv: the layer's own convolution; a parametrised weight (a fusion) stays parametrised.
         norm: the BatchNorm that it feeds.
-        kinds: of ``KINDS``, which branches to add; the identity passes on the first min(inputs, outputs) channels.
+        kinds: of ``KINDS``, which branches to add; the identity passes on the first min(inputs, outputs) channels; and
+            ``FUSED``, if the convolution is fused: both are computed as one convolution of twice the outputs.
 
     Raises:
         UnsupportedNetwork: the layer cannot have such branches; see :func:`why_not_branched`.
@@ -62,9 +65,20 @@ class BranchedConv2d(nn.Module):
         else:
             self.pointwise = self.pointwise_norm = None
         self.identity_norm = nn.BatchNorm2d(self.passed, **momentum, **placed) if self.passed else None
+        fusion = fusion_of(conv) if FUSED in kinds else None
+        if fusion is not None:
+            fusion.respond(conv.parametrizations.weight.original)
+            if conv.bias is not None:
+                conv.bias = nn.Parameter(F.pad(conv.bias.detach(), (0, self.out_channels)))
+        self.fused_norm = nn.BatchNorm2d(self.out_channels, **momentum, **placed) if fusion is not None else None
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.norm(self.conv(images))
+        output = self.conv(images)
+        if self.fused_norm is None:
+            output = self.norm(output)
+        else:
+            own, fused = output.tensor_split(2, dim=1)
+            output = self.norm(own) + self.fused_norm(fused)
         if self.pointwise is None and self.identity_norm is None:
             return output
         centre = self._at_outputs(images, output.shape[2:])
@@ -89,11 +103,14 @@ class BranchedConv2d(nn.Module):
     @torch.no_grad()
     def merged(self) -> tuple[Tensor, Tensor]:
         """The kernel (m, c_in / groups, k, k) and the bias (m,) of the one convolution that evaluation amounts to."""
-        conv = self.conv
-        scale, shift = _affine(self.norm)
-        kernel = scale.view(-1, 1, 1, 1) * conv.weight
-        bias = shift if conv.bias is None else shift + scale * conv.bias
-        row, column = own_tap(conv)
+        conv, kernel, bias = self.conv, 0.0, 0.0
+        norms = [self.norm] if self.fused_norm is None else [self.norm, self.fused_norm]
+        for part, norm in enumerate(norms):
+            rows = slice(part * self.out_channels, (part + 1) * self.out_channels)
+            scale, shift = _affine(norm)
+            kernel = kernel + scale.view(-1, 1, 1, 1) * conv.weight[rows]
+            bias = bias + shift + (0.0 if conv.bias is None else scale * conv.bias[rows])
+        row, column = own_tap(conv) or (0, 0)
         if self.pointwise is not None:
             scale, shift = _affine(self.pointwise_norm)
             kernel[:, :, row, column] += scale[:, None] * self.pointwise.weight[:, :, 0, 0]
@@ -127,7 +144,8 @@ def add_branches(
     Args:
         model: any network; not modified.
         example_inputs: one batch the network accepts.
-        kinds: which branches, of ``KINDS``.
+        kinds: which branches, of ``KINDS``; ``"fused"`` as well, in a network made by :func:`apbm_core.fuse`, whose
+            other convolutions do without it.
         layers: names of convolutions; all that can have branches if None.
 
     Returns:
@@ -137,8 +155,10 @@ def add_branches(
         ConfigError: an unknown kind or name.
         UnsupportedNetwork: the network does not run.
     """
-    if unknown := set(kinds) - set(KINDS):
-        raise ConfigError(f"there is no branch {sorted(unknown)[0]!r}; allowed: {', '.join(KINDS)}.")
+    if unknown := set(kinds) - {*KINDS, FUSED}:
+        raise ConfigError(f"there is no branch {sorted(unknown)[0]!r}; allowed: {', '.join([*KINDS, FUSED])}.")
+    if FUSED in kinds and not any(fusion_of(conv) for conv in model.modules()):
+        raise ConfigError(f"no convolution is fused, so none has a branch {FUSED!r}; call apbm_core.fuse first.")
     norms, left = normed_convolutions(model, example_inputs)
     if layers is not None:
         if unknown := [name for name in layers if name not in norms and name not in left]:
@@ -185,9 +205,9 @@ def merge_branches(model: nn.Module, images: Tensor | None = None) -> nn.Module:
         kernel, bias = layer.merged()
         if parametrize.is_parametrized(conv, "weight"):
             raise ConfigError(f"layer {name!r} is still fused; compact() the network before its branches are merged.")
-        conv.weight.copy_(kernel)
+        conv.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
         if conv.bias is not None:
-            conv.bias.zero_()
+            conv.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=conv.bias.requires_grad)
         norm.weight.fill_((1 + norm.eps) ** 0.5)
         norm.bias.copy_(bias)
         norm.running_mean.zero_()
@@ -204,6 +224,10 @@ def why_not_branched(conv: nn.Conv2d, norm: nn.Module, kinds: Collection[str] = 
     """None if this convolution and the norm behind it can be one branch of several, else the reason."""
     if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or not norm.track_running_stats:
         return "the norm behind it is not a BatchNorm with scales and running statistics"
+    if FUSED in kinds and conv.groups > 1 and fusion_of(conv):
+        return "its groups would not fit twice the outputs"
+    if not set(kinds) - {FUSED}:
+        return None if fusion_of(conv) else "it is not fused"
     if conv.padding_mode != "zeros":
         return f"it pads with {conv.padding_mode!r}, not with zeros"
     if isinstance(conv.padding, str):
@@ -213,6 +237,12 @@ def why_not_branched(conv: nn.Conv2d, norm: nn.Module, kinds: Collection[str] = 
     if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and "identity" not in kinds:
         return "it is pointwise itself"
     return None
+
+
+def fusion_of(module: nn.Module) -> FilterFusion | None:
+    """The fusion of a convolution's weight, if it has one."""
+    steps = module.parametrizations.weight if parametrize.is_parametrized(module, "weight") else ()
+    return next((step for step in steps if isinstance(step, FilterFusion)), None)
 
 
 def own_tap(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from apbm_core import similarity
+from apbm_core import responses, similarity
 from apbm_core.errors import ConfigError
 from apbm_core.fusion_state import FusionState, LayerFusion
 from apbm_core.temperature import AnnealedTau, TemperatureSchedule
@@ -65,7 +65,11 @@ class FilterFusion(FusionState):
     def forward(self, bank: Tensor) -> Tensor:
         if self.is_collapsed:
             return bank
-        return self.rows(self._fused(self.rows(bank)))
+        bank = self.rows(bank)
+        fused = self._fused(bank)
+        if self.responses is not None:
+            fused = torch.cat([fused, mix(self.responses, self.filters(bank))])
+        return self.rows(fused)
 
     def _fused(self, bank: Tensor) -> Tensor:
         bank = self.filters(bank)
@@ -95,6 +99,17 @@ class FilterFusion(FusionState):
             distance = similarity.scale_free(distance)
         return similarity.log_similarity(distance, temperature), temperature
 
+    @torch.no_grad()
+    def respond(self, bank: Tensor, progress: float = 0.0) -> None:
+        """From now on the value is 2 m filters: the m kept ones as they are, and below them ``Q W`` (responses.py).
+
+        What makes use of the second half is a branch with a norm of its own: ``branches.add_branches`` calls this.
+        """
+        if self.is_collapsed or self.is_frozen or self.responses is not None:
+            raise ConfigError("unimportant filters can begin to respond only once, while the fusion still changes.")
+        self.responses = torch.zeros_like(self.matrix)
+        rescore_together([(self, bank)], progress, reselect=False)
+
     # The steps of a scoring, each of which a variant may do otherwise.
 
     def filters(self, bank: Tensor) -> Tensor:
@@ -115,8 +130,14 @@ class FilterFusion(FusionState):
 
     def mixture(self, log_p: Tensor, selected: Tensor) -> Tensor:
         """``P_kj = p_{s_k j}``, shape (m, n), rows summing to 1: row k says what the filter in slot k is made of."""
+        if self.responses is not None:  # mixed in once, by their answers
+            return torch.eye(len(log_p), dtype=log_p.dtype, device=log_p.device)[selected]
         matrix = log_p[selected].exp()
         return matrix / matrix.sum(1, keepdim=True)
+
+    def division(self, log_p: Tensor, selected: Tensor) -> Tensor:
+        """``Q``, shape (m, n): how the unimportant filters divide themselves among the kept ones."""
+        return responses.division(log_p, selected)
 
     def set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
         """Take ``matrix`` (m, n) for P, scaled so that fused filters are as long as the kept ones are on average."""
@@ -176,11 +197,14 @@ def rescore_together(
     if reselect and lead.reselects:
         units = lead.slots(units, lead.importance(log_p, filters).topk(len(units)).indices.sort().values)
     matrix = lead.mixture(log_p, units)
+    shares = None if lead.responses is None else lead.division(log_p, units)
     for (fusion, _), bank in zip(members, banks, strict=True):
         fusion.select_units(units)
         fusion.set_matrix(fusion.of_filters(matrix), bank)
-    shares = lead.matrix.detach().abs()
-    own_share = shares.gather(1, lead.selected[:, None])[:, 0] / shares.sum(1)
+        if fusion.responses is not None:
+            fusion.responses.copy_(fusion.of_filters(shares))
+    amounts = lead.matrix.detach().abs()
+    own_share = amounts.gather(1, lead.selected[:, None])[:, 0] / amounts.sum(1)
     last = LayerFusion(
         temperature=temperature,
         entropy=similarity.entropy(log_p).mean().item(),

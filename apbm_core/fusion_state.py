@@ -27,6 +27,7 @@ class FusionState(nn.Module):
 
     Attributes:
         group, units, places, out_dim: see :meth:`join`.
+        responses: Q of shape (m, n) where unimportant filters answer in a branch of their own (responses.py), or None.
     """
 
     def __init__(self, n: int, m: int):
@@ -37,6 +38,7 @@ class FusionState(nn.Module):
         self.group, self.out_dim = "", 0
         self.register_buffer("selected", torch.arange(m))
         self.register_buffer("matrix", torch.eye(n)[:m].contiguous())
+        self.register_buffer("responses", None)
         self.register_buffer("units", None, persistent=False)
         self.register_buffer("places", None, persistent=False)
         self.register_buffer("status", torch.zeros(3 + len(LayerFusion.__annotations__), dtype=torch.int64))
@@ -45,6 +47,11 @@ class FusionState(nn.Module):
     def is_collapsed(self) -> bool:
         """Whether the fused filters are the weight itself, and the bank is gone."""
         return self.matrix.shape[1] == 0
+
+    @property
+    def rows_of_value(self) -> int:
+        """Filters of the fused weight: m, and as many below them where unimportant filters answer for themselves."""
+        return len(self.selected) * (1 if self.responses is None else 2)
 
     @property
     def can_collapse(self) -> bool:
@@ -97,6 +104,8 @@ class FusionState(nn.Module):
         m = len(self.selected)
         self.selected = torch.arange(m, device=self.selected.device)
         self.matrix = self.matrix.new_empty(m, 0)
+        if self.responses is not None:
+            self.responses = self.matrix
         self.is_selection = True
         self.keep_status()
 
@@ -128,7 +137,11 @@ def fit_saved_shape(weight: parametrize.ParametrizationList, state: dict, prefix
         fusion.shrink()
     elif fusion.is_collapsed and not was_collapsed:
         fusion.matrix = fusion.matrix.new_empty(matrix.shape)
+        if fusion.responses is not None:
+            fusion.responses = fusion.matrix.clone()
     if was_collapsed:  # earlier versions stated the identity
         state[f"{prefix}0.matrix"] = matrix[:, :0]
-    if saved.shape != weight.original.shape and saved.shape[fusion.out_dim] == (matrix.shape[1] or len(matrix)):
+    if saved.shape != weight.original.shape and saved.shape[fusion.out_dim] == (
+        matrix.shape[1] or fusion.rows_of_value
+    ):
         weight.original.data = weight.original.data.new_empty(saved.shape)

@@ -49,7 +49,10 @@ class InputPassing(nn.Module):
         self.b = nn.Parameter(torch.full(shape, float(share), dtype=weight.dtype, device=weight.device))
 
     def forward(self, filters: Tensor) -> Tensor:
-        return self.a * self.delta + self.b * filters
+        if len(filters) == len(self.a):
+            return self.a * self.delta + self.b * filters
+        own, responses = filters.tensor_split([len(self.a)])  # unimportant filters that answer in a branch pass nothing
+        return torch.cat([self.a * self.delta + self.b * own, responses])
 
 
 def identity_kernel(conv: nn.Conv2d) -> Tensor:

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import apbm_core
 from apbm_core.branches import (
     KINDS,
     BranchedConv2d,
     add_branches,
+    fusion_of,
     merge_branches,
     normed_convolutions,
     why_not_branched,
@@ -205,3 +207,109 @@ def test_wrong_use_is_named():
         BranchedConv2d(nn.Conv2d(3, 3, 3, padding=4), nn.BatchNorm2d(3))
     assert why_not_branched(nn.Conv2d(3, 3, 3, padding="same"), nn.BatchNorm2d(3))
     assert why_not_branched(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3, affine=False))
+
+
+def answering(kinds=("fused",), passing=False, model=None):
+    """A network whose unimportant filters answer in a branch, after a few steps with rescoring; and its optimizer."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 10, (3, 1), stride=2, padding=(1, 0), bias=False),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Conv2d(10, 9, 5, padding=2),
+        nn.BatchNorm2d(9),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(9, 4),
+    )
+    images = torch.randn(16, 3, 12, 12)
+    slim = apbm_core.fuse(model, images, 0.5, groups=False, passing=passing)
+    branched, report = add_branches(slim, images, kinds)
+    optimizer = torch.optim.SGD(branched.parameters(), lr=0.05, momentum=0.9)
+    return branched, report, optimizer, images
+
+
+def steps(model, optimizer, images, progresses, collapse=False):
+    for progress in progresses:
+        apbm_core.rescore(model, progress)
+        if collapse:
+            apbm_core.collapse(model, optimizer)
+        loss = F.cross_entropy(model(images), torch.arange(len(images)) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("collapse", [False, True])
+@pytest.mark.parametrize("passing", [False, True])
+@pytest.mark.parametrize("kinds", [("fused",), ("fused", "identity"), ("fused", "pointwise", "identity")])
+def test_fused_responses_merge_into_one_convolution(kinds, passing, collapse):
+    model, report, optimizer, images = answering(kinds, passing)
+    assert not report.left
+    steps(model, optimizer, images, (0.0, 0.2, 0.4, 0.7, 0.9), collapse)
+    disturb(model)
+    expected = model.eval()(images)
+    net = merge_branches(apbm_core.compact(model)).eval()
+    assert (net(images) - expected).norm() / expected.norm() < 1e-5
+    assert [tuple(p.shape) for p in net.parameters() if p.dim() == 4] == [(6, 3, 3, 3), (5, 6, 3, 1), (4, 5, 5, 5)]
+
+
+def test_responses_are_what_the_formula_says_filter_by_filter():
+    """y_k = BN_0(w_{s_k} x) + BN_1(sum_u Q_ku w_u x), each response by a convolution of its own."""
+    model, _, optimizer, images = answering()
+    steps(model, optimizer, images, (0.0, 0.3))
+    layer = model[0].eval()
+    fusion, bank = fusion_of(layer.conv), layer.conv.parametrizations.weight.original
+    log_p, _ = fusion.log_similarity(bank, 0.3)
+    apbm_core.rescore(model, 0.3)
+    kept = fusion.selected.tolist()
+    fused = [torch.zeros(16, 12, 12) for _ in kept]
+    for u in set(range(12)) - set(kept):
+        shares = [log_p[u, k].exp().item() for k in kept]
+        answer = F.conv2d(images, bank[u : u + 1], padding=1)[:, 0]
+        fused = [f + share / sum(shares) * answer for f, share in zip(fused, shares, strict=True)]
+    own = F.conv2d(images, bank[kept], layer.conv.bias[:6], padding=1)
+    fused = torch.stack(fused, 1) + layer.conv.bias[6:].view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(images), layer.norm(own) + layer.fused_norm(fused), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_responses_reach_every_filter():
+    model, _, _, images = answering()
+    layer = model[0].double().eval()
+    fusion = fusion_of(layer.conv)
+    few = images[:2, :, :4, :4].double()
+    bank = layer.conv.parametrizations.weight.original.detach().double().requires_grad_()
+
+    def call(bank):
+        names = {"conv.parametrizations.weight.original": bank}
+        return torch.func.functional_call(layer, names, few)
+
+    assert torch.autograd.gradcheck(call, (bank,), atol=1e-6)
+    (gradient,) = torch.autograd.grad(call(bank).square().sum(), bank)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all() and len(gradient) == 2 * len(fusion.selected)
+
+
+def test_who_answers_can_be_saved_and_loaded_before_and_after_a_collapse():
+    for progresses in ((0.0, 0.3), (0.0, 0.3, 0.9)):
+        model, _, optimizer, images = answering(("fused", "identity"))
+        steps(model, optimizer, images, progresses, collapse=True)
+        again, *_ = answering(("fused", "identity"))
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(model.eval()(images), again.eval()(images))
+
+
+def test_only_fused_convolutions_have_a_branch_of_responses():
+    images = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ConfigError, match=r"no convolution is fused.*apbm_core.fuse"):
+        add_branches(build_model("vgg16", 10), images, ("fused",))
+    with pytest.raises(ConfigError, match="there is no branch 'mixed'; allowed: pointwise, identity, fused"):
+        add_branches(build_model("vgg16", 10), images, ("mixed",))
+    slim = apbm_core.fuse(build_model("resnet20", 10), images, {"layer1.0.conv1": 0.5}, groups=False)
+    branched, report = add_branches(slim, images, ("fused",))
+    assert report.branched == ("layer1.0.conv1",) and set(report.left.values()) == {"it is not fused"}
+    assert fusion_of(branched.get_submodule("layer1.0.conv1.conv")).responses is not None
+    assert fusion_of(slim.get_submodule("layer1.0.conv1")).responses is None, "the original is as it was"

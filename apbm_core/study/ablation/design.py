@@ -45,9 +45,10 @@ BEDS: dict[str, dict[str, Any]] = {
 }
 """Where the variants are compared: parameters of a study, all of them with ``split = "tuning"``."""
 
+_ELSEWHERE = ("rate", "rival", "passing", "responses", "average")  # groups for networks without shortcuts, or costly
 PLAN: dict[str, tuple[str, ...]] = {
     "resnet20": (
-        *(name for name in VARIANTS if VARIANTS[name].group not in ("rate", "rival", "passing", "average")),
+        *(name for name in VARIANTS if VARIANTS[name].group not in _ELSEWHERE),
         "passing-fused",
     ),
     "vgg16": (

@@ -25,6 +25,7 @@ GROUP_COLOURS = {
     "widths": "#8C6D31",
     "rate": "#332288",
     "passing": "#882255",
+    "responses": "#CC6677",
     "average": "#117733",
     "rival": "#666666",
 }

@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "budget_tau": 1.0,
     "mac_weight": 0.0,
     "passing": False,
+    "branches": [],
 }
 """What the variants start from, spelt out, so that it stays what it was when APBM's defaults change."""
 
@@ -155,6 +156,32 @@ _PASSING = (
     ),
 )
 
+# Unimportant filters that answer in a branch with a norm of its own, and the controls with the same branches.
+_RESPONSES = tuple(
+    Variant(name, "responses", label, settings, {"branches": list(branches), **more})
+    for name, label, settings, branches, more in (
+        ("responses", "responses of unimportant filters fused", {}, ["fused"], {}),
+        ("responses-shuffled", "responses fused at random", {"mass": "shuffled"}, ["fused"], {}),
+        ("branch-identity", "a slice with an identity branch; no fusion, no score", _SLICE, ["identity"], {}),
+        ("responses-identity", "responses fused, and an identity branch", {}, ["fused", "identity"], {}),
+        (
+            "responses-identity-shuffled",
+            "responses fused at random, and an identity branch",
+            {"mass": "shuffled"},
+            ["fused", "identity"],
+            {},
+        ),
+        ("responses-passing", "responses fused, passing the input on", {}, ["fused"], _PASS),
+        (
+            "responses-passing-shuffled",
+            "responses fused at random, passing the input on",
+            {"mass": "shuffled"},
+            ["fused"],
+            _PASS,
+        ),
+    )
+)
+
 _SIXTH = 1 / 6  # one epoch of the beds' six
 
 _ALL = (
@@ -222,6 +249,7 @@ _ALL = (
     Variant("passing-balanced", "passing", "passing and fused, balanced widths", options=_PASS, filters="balanced"),
     Variant("passing-alone-balanced", "passing", "passing, balanced widths", _SLICE, _PASS, filters="balanced"),
     *_PASSING,
+    *_RESPONSES,
     *_LOOKAHEAD,
     *_RATES,
     *_RIVALS,
@@ -275,6 +303,21 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
         "dirac-rate-0.1",
     ),
     ("fusing, while passing the input on, at twice the rate", "passing-rate-0.4", "passing-alone-rate-0.4"),
+    ("fusing responses", "responses", "slice"),
+    ("fusing responses by resemblance, instead of at random", "responses", "responses-shuffled"),
+    ("fusing responses, beside an identity branch", "responses-identity", "branch-identity"),
+    (
+        "the same by resemblance, instead of at random",
+        "responses-identity",
+        "responses-identity-shuffled",
+    ),
+    ("fusing responses, while passing the input on", "responses-passing", "passing"),
+    (
+        "fusing responses by resemblance, while passing, instead of at random",
+        "responses-passing",
+        "responses-passing-shuffled",
+    ),
+    ("an identity branch, without fusion", "branch-identity", "slice"),
     ("averaged weights, from scratch", "scratch-lookahead", "scratch"),
     ("averaged weights, starting as identities", "dirac-lookahead", "dirac"),
     ("averaged weights, passing and fused", "passing-lookahead", "passing-fused"),

@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from apbm_core.branches import add_branches, merge_branches
 from apbm_core.compress import collapse, compact, fuse, rescore
 from apbm_core.errors import ConfigError
 from apbm_core.fusion import FusionReport, fused_layers
@@ -72,6 +73,12 @@ class Options(BaseModel):
         description="each filter is its own input channel plus what is fused, in learned amounts; null: in networks"
         " without shortcuts of their own",
     )
+    branches: tuple[Literal["fused", "pointwise", "identity"], ...] = added(
+        (),
+        if_absent=[],  # as JSON has it
+        description="branches with norms of their own beside each fused convolution, merged at the end: 'fused' is what"
+        " the unimportant filters answer, which is then not mixed into the weights as well",
+    )
 
     @model_validator(mode="after")
     def _narrowing_is_whole(self):
@@ -83,6 +90,8 @@ class Options(BaseModel):
             raise ValueError(f"mac_weight belongs to the marginal widths, not to widths = {self.widths!r}; leave it 0.")
         if self.wide and self.passing:
             raise ValueError("a network that starts wide cannot pass its input on as well: set passing = False.")
+        if self.wide and self.branches:
+            raise ValueError("a network that starts wide cannot have branches as well: set branches = ().")
         return self
 
     def for_network(self, network: Network) -> "Options":
@@ -163,8 +172,11 @@ def train_fused(task: Task, options: Options) -> nn.Module:
     model = fuse(
         task.build(), task.example_inputs, task.widths, options.settings, groups=False, passing=bool(options.passing)
     )
+    if options.branches:
+        model, report = add_branches(model, task.example_inputs, options.branches, task.widths)
+        task.note("branches", {"branched": list(report.branched), "left": report.left})
     task.train("train", model, task.config.epochs, hooks=[FusionHook(model, options)])
-    return compact(model)
+    return merge_branches(compact(model)) if options.branches else compact(model)
 
 
 def train_narrowing(task: Task) -> nn.Module:

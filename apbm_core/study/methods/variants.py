@@ -128,22 +128,25 @@ class VariantFusion(FilterFusion):
     def mixture(self, log_p: Tensor, selected: Tensor) -> Tensor:
         n, mass = len(log_p), self.settings.mass
         identity = torch.eye(n, dtype=log_p.dtype, device=log_p.device)[selected]
-        if not self.settings.fuse:
+        if not self.settings.fuse or self.responses is not None:
             return identity
         if mass == "all":
             return super().mixture(log_p, selected)
         unimportant = torch.ones(n, dtype=torch.bool, device=log_p.device)
         unimportant[selected] = False
         if mass in ("assigned", "shuffled"):
-            shares = torch.softmax(log_p[unimportant][:, selected], dim=1)  # row: one filter among the kept
-            if mass == "shuffled":
-                draw = torch.rand(shares.shape, generator=torch.Generator().manual_seed(n))
-                shares = shares.gather(1, draw.argsort(1).to(shares.device))
-            matrix = identity.clone()
-            matrix[:, unimportant] = shares.T
+            matrix = identity + self.division(log_p, selected)
         else:
             matrix = log_p[selected].exp() * (unimportant | identity.bool())
         return matrix / matrix.sum(1, keepdim=True)
+
+    def division(self, log_p: Tensor, selected: Tensor) -> Tensor:
+        shares = super().division(log_p, selected)
+        if self.settings.mass == "shuffled":  # equally large shares, each filter's among kept ones at random
+            rows = shares[:, shares.any(0)].T
+            draw = torch.rand(rows.shape, generator=torch.Generator().manual_seed(len(log_p)))
+            shares[:, shares.any(0)] = rows.gather(1, draw.argsort(1).to(rows.device)).T
+        return shares
 
     def set_matrix(self, matrix: Tensor, bank: Tensor) -> None:
         if not self._is_learning:

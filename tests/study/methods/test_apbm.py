@@ -37,8 +37,9 @@ def run(folder, options, stop=None):
         apbm.Options(collapse=True, bank_lr=2.0, bank_decay=0.0),
         apbm.Options(settings=VariantSettings(gain=True, bank=1.5, mass="assigned")),
         apbm.Options(settings=VariantSettings(learn_mixing=True, initial="orthogonal")),
+        apbm.Options(branches=("fused", "identity"), collapse=True),
     ],
-    ids=["collapse", "gain", "learned-mixing"],
+    ids=["collapse", "gain", "learned-mixing", "branches"],
 )
 def test_a_run_that_is_interrupted_again_and_again_ends_as_if_undisturbed(tmp_path, options):
     whole, task = run(tmp_path / "whole", options)
