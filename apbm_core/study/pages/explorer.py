@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from apbm_core import similarity
 from apbm_core.errors import ConfigError
-from apbm_core.study.data.datasets import load_dataset
+from apbm_core.study.data.datasets import DataSplit, load_dataset
+from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.profiles import repository
 from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.storage import load_compact
@@ -119,28 +120,47 @@ def network_to_explore(file: str | Path | None = None, results: Path | None = No
         record = read_record(path)
         if moments := recorded_moments(record, results / TRAINED):
             return moments, describe(record)
-    return _trained_on_digits()
+    epochs = 4
+    moments, accuracy = _train_shortly("resnet20", load_dataset("digits").split("final", 0), epochs)
+    words = f"No trained network is kept here: this is ResNet20 after {epochs} epochs of scikit-learn's digits, "
+    return moments, f"{words}{accuracy:.0f} % right on the way."
 
 
-def describe(record: RunRecord) -> str:
-    """A sentence on the network of a record that is kept in results/trained."""
+def example_network(study: Study, name: str) -> tuple[dict[str, nn.Module], str]:
+    """The dense network ``name`` as initialised and as trained, and a sentence that says whose training it was.
+
+    Taken is one that this study has recorded and kept; else the published one of ``results/trained``; else one is
+    trained for one epoch of the study's ``method_images``.
+    """
+    for folder in (study.results.path, (repository() or Path()) / PUBLISHED_RESULTS / TRAINED):
+        for path in sorted((folder / "runs").glob("*.json")):
+            record = read_record(path)
+            if record.config.model == name and (moments := recorded_moments(record, folder)):
+                return moments, describe(record, folder.name)
+    split = study.example_split(study.parameters.method_images)
+    moments, accuracy = _train_shortly(name, split, 1, study.parameters.seeds[0], study.device)
+    words = f"No trained {label_model(name)} is kept here: this one saw {len(split.train.labels):,} images once, "
+    return moments, f"{words}{accuracy:.0f} % right on the way."
+
+
+def describe(record: RunRecord, folder: str = TRAINED) -> str:
+    """A sentence on the network of a record that is kept in a folder of results."""
     return (
         f"{label_model(record.config.model)}, {100 * record.test_accuracy:.2f} % right on the test images after "
-        f"{record.config.epochs} epochs (record {TRAINED}/runs/{record.id}.json)."
+        f"{record.config.epochs} epochs (record {folder}/runs/{record.id}.json)."
     )
 
 
-def _trained_on_digits(epochs: int = 4) -> tuple[dict[str, nn.Module], str]:
-    data = load_dataset("digits")
-    torch.manual_seed(0)
-    network = build_model("resnet20", data.num_classes)
+def _train_shortly(
+    name: str, split: DataSplit, epochs: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> tuple[dict[str, nn.Module], float]:
+    """A network before and after a few epochs, and how many per cent of the last one's images it had right."""
+    torch.manual_seed(seed)
+    network = build_model(name, split.num_classes)
     initial = copy.deepcopy(network)
-    split = data.split("final", 0)
-    with epochs_bar(epochs, "ResNet20 on digits") as show:
-        trained = train(network, split, get_recipe("fast"), epochs=epochs, seed=0, progress=show)
-    accuracy = 100 * trained.history[-1]["train_accuracy"]
-    words = f"No trained network is kept here: this is ResNet20 after {epochs} epochs of scikit-learn's digits, "
-    return {"at initialisation": initial, "trained": network}, f"{words}{accuracy:.0f} % right on the way."
+    with epochs_bar(epochs, label_model(name)) as show:
+        trained = train(network, split, get_recipe("fast"), epochs=epochs, seed=seed, device=device, progress=show)
+    return {"at initialisation": initial, "trained": network.cpu()}, 100 * trained.history[-1]["train_accuracy"]
 
 
 def box(layers: list[dict[str, Any]], words: str = "") -> str:
