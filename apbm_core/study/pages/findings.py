@@ -12,7 +12,7 @@ from apbm_core.study.ablation import tables as ablation_tables
 from apbm_core.study.methods import get_method, label
 from apbm_core.study.networks.models import get_network
 from apbm_core.study.records import RunRecord
-from apbm_core.study.report.frames import label_dataset, label_model, points, runs_frame
+from apbm_core.study.report.frames import label_dataset, label_model, of_shared_seeds, points, runs_frame
 from apbm_core.study.report.statistics import ABOVE, BELOW
 
 _RIVALS = ("hrank", "polarization", "swp")
@@ -72,12 +72,12 @@ def curves(records: Mapping[str, Sequence[RunRecord]]) -> str:
 
 def curve_points(records: Sequence[RunRecord]) -> list[tuple[tuple[str, str], pd.DataFrame]]:
     """For each (network, data set) with a curve its points at equal epochs, judged by the test images, at the targets
-    that APBM and slim from scratch share: three at least."""
+    that APBM and slim from scratch share, three at least, and from the seeds that all methods have there."""
     judged = [r for r in records if r.test_accuracy is not None and r.config.schedule == "equal"]
     if not judged:
         return []
     found = []
-    for bed, table in points(runs_frame(judged)).groupby(["model", "dataset"], sort=False):
+    for bed, table in points(of_shared_seeds(runs_frame(judged))).groupby(["model", "dataset"], sort=False):
         shared = set(table[table["method"] == "apbm"]["target"]) & set(table[table["method"] == "scratch"]["target"])
         if len(shared) >= _A_CURVE:
             found.append((bed, table[table["target"].isin(shared | {0.0})]))

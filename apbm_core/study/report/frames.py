@@ -148,6 +148,20 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*POINT, "accuracy", "interval", "n", "timed alike", *_MEANS])
 
 
+def of_shared_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of a frame of :func:`runs_frame` the runs whose seed all methods have at that target and schedule.
+
+    Means of different seeds would compare the seeds as well as the methods, while a study is under way. The dense
+    network stays as it is, and so does a target at which the methods share no seed.
+    """
+    pruned = frame["method"] != "dense"
+    keep = ~pruned
+    for _, there in frame[pruned].groupby(["model", "dataset", "target", "schedule"], observed=True, sort=False):
+        shared = set.intersection(*(set(seeds) for _, seeds in there.groupby("method", observed=True)["seed"]))
+        keep[there.index[there["seed"].isin(shared)] if shared else there.index] = True
+    return frame[keep]
+
+
 def phase_frame(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """One row for each phase of each run, with its epochs, seconds and images per second; the calibration's where it
     covers the run."""

@@ -2,7 +2,8 @@
 
 APBM, the paper's three rivals, APBM at widths of its own and the reader's own method have a colour, slim from scratch
 is black, and all others are grey: ten coloured lines are told apart by nobody. Every line carries its name at its right
-end. Bands are pooled 95 % intervals (:func:`apbm_core.study.report.frames.points`).
+end. A point is the mean over the seeds that all methods have there. Bands are pooled 95 % intervals
+(:func:`apbm_core.study.report.frames.points`).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.curve_titles import in_accuracy, in_macs, in_time
-from apbm_core.study.report.frames import label_dataset, label_model, points, runs_frame
+from apbm_core.study.report.frames import label_dataset, label_model, of_shared_seeds, points, runs_frame
 from apbm_core.study.report.rivals import over_targets
 from apbm_core.study.report.style import colour, line_style, marker, set_title
 
@@ -49,7 +50,7 @@ def accuracy_against_time(records: Sequence[RunRecord], calibration: Calibration
 
 def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration | None) -> Figure:
     frame = runs_frame(records, calibration)
-    table, whole = points(frame), over_targets(frame)
+    table, whole = points(of_shared_seeds(frame)), over_targets(frame)
     beds = list(dict.fromkeys(zip(table["model"], table["dataset"], strict=True)))
     figure, axes = plt.subplots(len(beds), 1, figsize=(8.4, 4.8 * len(beds)), squeeze=False)
     for axis, (model, dataset) in zip(axes[:, 0], beds, strict=True):

@@ -10,7 +10,7 @@ from test_claims import LEVELS, grid
 
 from apbm_core.study.methods import label
 from apbm_core.study.report import curves
-from apbm_core.study.report.frames import points, runs_frame
+from apbm_core.study.report.frames import of_shared_seeds, points, runs_frame
 from apbm_core.study.report.tradeoffs import _spread
 
 TARGETS = (0.25, 0.4884, 0.7, 0.85)
@@ -93,3 +93,22 @@ def test_one_run_of_one_method_is_drawn():
     for plot in (curves.accuracy_curves, curves.accuracy_against_macs, curves.accuracy_against_time):
         (axis,) = plot([fake_record("apbm", 0.9)]).axes
         assert axis.get_title(loc="left").startswith("ResNet20, CIFAR-10: ")
+
+
+def test_methods_are_compared_by_the_seeds_that_all_of_them_have():
+    """A study under way: APBM has a second seed, which lies higher, and SWP does not have it yet."""
+    runs = [
+        fake_record("dense", 0.9, 1, target=0.0),
+        fake_record("apbm", 0.5, 0),
+        fake_record("apbm", 0.9, 1),
+        fake_record("swp", 0.6, 0),
+        fake_record("apbm", 0.3, 1, target=0.9),
+        fake_record("swp", 0.4, 2, target=0.9),
+    ]
+    table = points(of_shared_seeds(runs_frame(runs))).set_index(["method", "target"])["accuracy"]
+    assert table.to_dict() == pytest.approx(
+        {("dense", 0.0): 90, ("apbm", 75.0): 50, ("swp", 75.0): 60, ("apbm", 90.0): 30, ("swp", 90.0): 40}
+    ), "where no seed is shared, there is what there is"
+    figure = curves.accuracy_curves(runs[:4])
+    titles = [axis.get_title(loc="left").replace("\n", " ") for axis in figure.axes]
+    assert any("SWP leads with 60.0 %" in title for title in titles), titles
