@@ -120,8 +120,8 @@ def drawing(records: Sequence[RunRecord]) -> tuple[str, str]:
     return _svg(_WIDTH, height, parts, words), words
 
 
-def forest(pairs: pd.DataFrame) -> tuple[str, str]:
-    """The ablation's ingredients, a row each: difference with its 95 % interval, the seeds as small dots: SVG."""
+def forest(pairs: pd.DataFrame, bed: str) -> tuple[str, str]:
+    """A bed's ingredients, a row each: difference with its 95 % interval, the seeds as small dots: SVG."""
     if pairs.empty:
         return "", ""
     pairs = pairs.sort_values("difference", ascending=False)
@@ -137,19 +137,19 @@ def forest(pairs: pd.DataFrame) -> tuple[str, str]:
         width = pairs["interval of difference"].iloc[place]
         ends = [] if math.isnan(width) else [scale(row.difference - width), scale(row.difference + width)]
         bar = f'<path d="M{ends[0]:.1f} {y}H{ends[1]:.1f}" stroke="{ink}" stroke-width="2"/>' if ends else ""
-        dots = "".join(f'<circle cx="{scale(v):.1f}" cy="{y}" r="2.4" fill="{ink}" opacity=".45"/>' for v in row.each)
+        dots = "".join(f"M{scale(v):.1f} {y}h0" for v in row.each)  # a point with round ends is a dot
         parts.append(
             f'<text x="2" y="{y - 9}">{html.escape(row.ingredient)}</text><text x="428" y="{y - 9}" text-anchor="end" '
-            f'class="faint">{row.difference:+.2f}</text>{bar}{dots}'
+            f'class="faint">{row.difference:+.2f}</text>{bar}<path d="{dots}" stroke="{ink}" class="dots"/>'
             f'<circle cx="{scale(row.difference):.1f}" cy="{y}" r="4.5" fill="{ink}"/>'
         )
     for tick in range(math.ceil(low), math.floor(high) + 1):
         parts.append(f'<text x="{scale(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:+d}</text>')
     helps, hurts = ((pairs["verdict"] == word).sum() for word in ("above", "below"))
     words = (
-        f"{len(pairs)} ingredients, points of held-out accuracy with it minus without it: after Holm's correction "
-        f"{helps} are above zero (green) and {hurts} below (orange); bars are 95 % intervals of one comparison, dots "
-        "the seeds"
+        f"{bed}: {len(pairs)} ingredients, points of held-out accuracy with it minus without it: after Holm's "
+        f"correction {helps} are above zero (green) and {hurts} below (orange); bars are 95 % intervals of one "
+        "comparison, dots the seeds"
     )
     return _svg(_WIDTH, height, parts, words), words
 

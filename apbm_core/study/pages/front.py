@@ -26,8 +26,9 @@ from apbm_core.study.report.style import colour
 
 _OWN = Path(OWN).name
 _COLUMNS = ["key", "id", "profile", "method", "network", "data", "target", "schedule", "widths", "seed", "epochs",
-            "accuracy", "judged", "interval", "repeats", "removed", "macs", "minutes", "machine", "colour", "record",
+            "accuracy", "judged", "interval", "repeats", "removed", "macs", "minutes", "machine", "colour",
             "course"]  # fmt: skip
+_WORDS = ("profile", "method", "network", "data", "target", "schedule", "widths", "judged", "machine", "colour")
 
 
 def write(results: Path) -> Path:
@@ -46,21 +47,22 @@ def page(results: Path) -> str:
         names = [path.parent.name for path in sorted(results.glob("*/index.html")) if path.parent.name != _OWN]
         lines = [f"- [{name}]({name}/index.html)" for name in names]
         return text_page("Results", "\n".join(["# Results", "", "There is no record here yet.", "", *lines]))
-    first, pairs = findings.headline(records) or next(iter(records)), findings.ingredients(results)
+    first = findings.headline(records) or next(iter(records))
+    beds = {"VGG16, 92.74 % removed": "vgg16", "ResNet20, 75 % removed": "resnet20"}
+    pairs = {words: findings.ingredients(results, bed) for words, bed in beds.items()}
+    headline, small = pairs.values()
+    forests = "".join(_figure(*drawings.forest(table, words)) for words, table in pairs.items())
     parts = {
         "style": f"{style()} {explorer.asset('front.css')}",
-        "findings": "".join(
-            f"<li>{sentence}</li>"
-            for sentence in findings.sentences(records, pairs, findings.ingredients(results, "vgg16"))
-        ),
+        "findings": "".join(f"<li>{said}</li>" for said in findings.sentences(records, small, headline)),
         "drawing": _first_figure(records, first),
-        "forest": _section("ablation", "The ablation: one ingredient at a time", _figure(*drawings.forest(pairs))),
+        "forest": _section("ablation", "The ablation: one ingredient at a time", forests),
         "layer": _section("layer", "One layer, under your hands", _layers(results)),
         "provenance": _provenance(records),
         "pages": "".join(
             f'<a href="{name}/index.html">{name}</a>' for name in records if (results / name / "index.html").exists()
         ),
-        "runs": _json({"columns": _COLUMNS, "rows": _rows(records), "first": first}),
+        "runs": _json(_packed(_rows(records)) | {"first": findings.curves(records) or first}),
         "scripts": f"{explorer.scripts()}<script>{explorer.asset('front.js')}</script>",
     }
     names = {"findings": "Findings", "runs-section": "Runs", "ablation": "Ablation", "layer": "One layer",
@@ -134,11 +136,18 @@ def _rows(records: Mapping[str, Sequence[RunRecord]]) -> list[list[Any]]:
                     round(record.seconds / 60, 3),
                     record.timed_on,
                     drawings.on_paper(colour(method)),
-                    f"{profile}/runs/{record.id}.json",
                     _course(record),
                 ]
             )
     return rows
+
+
+def _packed(rows: list[list[Any]]) -> dict[str, Any]:
+    """The rows with their words as places in a list of each column's: front.js puts them back."""
+    words = {name: list(dict.fromkeys(row[_COLUMNS.index(name)] for row in rows)) for name in _WORDS}
+    places = {_COLUMNS.index(name): {word: i for i, word in enumerate(each)} for name, each in words.items()}
+    packed = [[places[i][cell] if i in places else cell for i, cell in enumerate(row)] for row in rows]
+    return {"columns": _COLUMNS, "words": words, "rows": packed}
 
 
 def _accuracy(record: RunRecord) -> float:

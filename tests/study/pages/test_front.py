@@ -29,7 +29,9 @@ def said(tmp_path_factory):
 
 def embedded(said: str) -> list[dict]:
     data = json.loads(re.search(r'<script type="application/json" id="runs">(.*?)</script>', said, re.DOTALL)[1])
-    return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+    words, rows = data["words"], [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+    rows = [{name: words[name][cell] if name in words else cell for name, cell in row.items()} for row in rows]
+    return [row | {"record": f"{row['profile']}/runs/{row['id']}.json"} for row in rows]
 
 
 def test_every_record_is_a_row_with_the_records_numbers(said):

@@ -2,7 +2,8 @@
 (function () {
   "use strict";
   const data = JSON.parse(document.getElementById("runs").textContent);
-  const runs = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
+  const runs = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, name in data.words ? data.words[name][row[i]] : row[i]])));
+  for (const run of runs) run.record = `${run.profile}/runs/${run.id}.json`;
   const NS = "http://www.w3.org/2000/svg", $ = (id) => document.getElementById(id);
   const FILTERS = ["profile", "network", "data", "target", "schedule", "seed"];
   const AXES = { removed: "parameters removed (%)", macs: "MACs removed (%)", minutes: "minutes of training" };
