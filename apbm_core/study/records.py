@@ -37,6 +37,10 @@ class RunConfig(BaseModel):
     by: Literal["params", "macs"] = "params"
     widths: str = Field("uniform", description="'uniform' keep ratio, 'balanced', or a published vector's name")
     epochs: int = Field(ge=1, description="all epochs of the run, a shared pre-training counted")
+    start_epochs: int = Field(
+        0, ge=0, description="epochs of the dense network that all start from, but the controls; not among its epochs"
+    )
+    start_recipe: Recipe | None = Field(None, description="how that network was trained")
     schedule: Literal["equal", "published", "equal-time"] = "equal"
     recipe: Recipe
     seed: int = Field(ge=0)

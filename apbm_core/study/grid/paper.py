@@ -105,7 +105,7 @@ def _parts(config: RunConfig) -> list[tuple[int, int, int]]:
     if method.starts_from == "scratch":
         is_fused = config.method in ("apbm", "dcff")
         return [(config.epochs, slim, count_kernels(config.model, is_fused))]
-    before = max(1, round(config.epochs / 3))  # Task.pretrain_epochs
+    before = 0 if config.start_epochs else max(1, round(config.epochs / 3))  # Task.pretrain_epochs
     return [(before, dense, kernels), (config.epochs - before, slim, kernels)]
 
 

@@ -42,6 +42,16 @@ class StudyParameters(BaseModel):
         "{'vgg16': {'apbm': 'balanced'}}",
     )
     epochs: int = Field(3, ge=1, le=100_000, description="total epochs of every run, pre-training counted")
+    start_epochs: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="a network that is trained already: so long a dense one was trained, once a seed, that all methods "
+        "start from but those that start slim (scratch, dirac, reparam); its time is told and not charged",
+    )
+    start_recipe: dict[str, Any] = Field(
+        default_factory=dict, description="what differs from the recipe in that training, such as {lr: 0.2}"
+    )
     schedules: list[Literal["equal", "published", "equal-time"]] = Field(
         ["equal"], min_length=1, description="equal epochs for all; each method's published course; equal time"
     )
@@ -144,6 +154,9 @@ class StudyParameters(BaseModel):
         for name in self.rates:
             get_method(name)
             validated(Recipe, self._recipe_of(name).model_dump(), f"the recipe of {name}")
+        if self.start_recipe and not self.start_epochs:
+            raise ValueError("start_recipe is of a network that is trained already; set start_epochs, or leave it out.")
+        self._start()
         for block in self.blocks:
             if "blocks" in block or "seeds" in block:
                 raise ValueError("a block has no blocks or seeds of its own; the study's seeds are every block's.")
@@ -207,6 +220,7 @@ class StudyParameters(BaseModel):
                                     by=self.by,
                                     widths=rule,
                                     epochs=self.epochs,
+                                    **({} if method.starts_slim else self._start()),
                                     schedule=schedule,
                                     recipe=self._recipe_of(method.name),
                                     seed=seed,
@@ -230,10 +244,16 @@ class StudyParameters(BaseModel):
         rate = {"lr": self.rates[method]} if method in self.rates else {}
         return get_recipe(self.recipe, **self.recipe_overrides | rate)
 
+    def _start(self) -> dict[str, Any]:
+        if not self.start_epochs:
+            return {}
+        recipe = get_recipe(self.recipe, **self.recipe_overrides | self.start_recipe)
+        return {"start_epochs": self.start_epochs, "start_recipe": recipe}
+
     def _options(self, method: Method, model: str) -> dict[str, Any]:
         given = validated(method.Options, self.options.get(method.name, {}), f"the options of {method.name}")
         if hasattr(given, "for_network"):
-            given = given.for_network(get_network(model))
+            given = given.for_network(get_network(model), is_trained=self.start_epochs > 0)
         return stated(given)
 
     def _check_crops(self, dataset: str, recipe: Recipe) -> None:

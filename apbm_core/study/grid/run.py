@@ -153,6 +153,8 @@ class _Scribe:
 
     def __call__(self, phase: str, context: Context) -> None:
         done = context.epoch + context.step / context.steps_per_epoch
+        if phase.startswith("start-"):  # before the run's own epochs
+            return self.say(Standing(f"start {done:.1f} of {context.epochs}", 0.0, 0.0))
         earlier = sum(record.epochs for record in self.task.phases)
         if phase != self.phase:
             self.phase, self.resumed_at = phase, done - 1 / context.steps_per_epoch

@@ -94,11 +94,17 @@ class Options(BaseModel):
             raise ValueError("a network that starts wide cannot have branches as well: set branches = ().")
         return self
 
-    def for_network(self, network: Network) -> "Options":
-        """These options with what depends on the network decided, as a run's configuration states them."""
+    def for_network(self, network: Network, is_trained: bool = False) -> "Options":
+        """These options with what depends on the network decided, as a run's configuration states them.
+
+        Raises:
+            ConfigError: the network is trained already, and passing its input on would bury what it has learnt.
+        """
+        if self.passing and is_trained:
+            raise ConfigError("apbm's passing = True would bury what a trained network has learnt: leave it out.")
         if self.passing is not None:
             return self
-        return self.model_copy(update={"passing": not network.shortcuts and not self.wide})
+        return self.model_copy(update={"passing": not (network.shortcuts or self.wide or is_trained)})
 
 
 class FusionHook(Hook):

@@ -37,6 +37,8 @@ class Method:
         schedules: which of "equal" epochs, its "published" course and "equal-time" it knows.
         chooses_widths: whether it decides itself how many filters each layer keeps; by default those that start from a
             sparse training do.
+        starts_slim: whether it builds the small network at once, so that a dense one that is trained already is nothing
+            to it.
         default: whether it runs where no methods are named.
         place: where it stands in tables and legends, the lowest first; those without a place come last, by name.
         summary: what it does, in a line.
@@ -51,6 +53,7 @@ class Method:
     starts_from: str = "pretrained"
     schedules: tuple[str, ...] = ("equal",)
     chooses_widths: bool = False
+    starts_slim: bool = False
     default: bool = True
     place: float = math.inf
     summary: str = ""
@@ -63,7 +66,7 @@ class Method:
         return replace(self, Options=options)
 
 
-_OPTIONAL = ("schedules", "default", "place", "summary", "source", "colour", "marker")
+_OPTIONAL = ("schedules", "starts_slim", "default", "place", "summary", "source", "colour", "marker")
 
 
 def read(module: ModuleType, name: str, path: str) -> Method:
@@ -115,7 +118,7 @@ def _check(module: ModuleType, path: str) -> None:
     options = getattr(module, "Options", BaseModel)
     if not (isinstance(options, type) and issubclass(options, BaseModel)):
         raise ConfigError(f"{path}: Options must be a pydantic model (a class derived from pydantic.BaseModel).")
-    for name in ("CHOOSES_WIDTHS", "DEFAULT"):
+    for name in ("CHOOSES_WIDTHS", "STARTS_SLIM", "DEFAULT"):
         if not isinstance(getattr(module, name, True), bool):
             raise ConfigError(f"{path}: {name} = {getattr(module, name)!r} must be True or False.")
     for name in ("SUMMARY", "SOURCE", "MARKER"):

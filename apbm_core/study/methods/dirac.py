@@ -18,6 +18,7 @@ SOURCE = "Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024"
 PLACE, COLOUR, MARKER = 32, "#44AA99", "8"
 DEFAULT = False
 STARTS_FROM = "scratch"
+STARTS_SLIM = True
 SCHEDULES = ("equal", "equal-time")
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from apbm_core.costs import CostTable
-from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, start_norms, strength_in, train_sparsely
+from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, sparse_start, strength_in, train_sparsely
 from apbm_core.study.methods.target import keep_globally, parameter_target
 from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.chains import fold_constants, followers, norms_behind
@@ -194,7 +194,7 @@ def prune(task: Task) -> nn.Module:
     before, after = task.courses(options.course, sparse_epochs)
     published = _SPARSE_RECIPE, _PUBLISHED_EPOCHS
     strength = strength_in(task, strength, published, (sparse_recipe, sparse_epochs), before)
-    model = start_norms(task.build(), START)
+    model = sparse_start(task, START)
     convs = prunable_convs(task.model_name)
     hook = Polarizer(sparse_norms(model, convs), strength, t)
     train_sparsely(task, model, sparse_epochs, hook, sparse_recipe, before, {"strength": strength, "t": t})
@@ -225,7 +225,7 @@ def _search(task: Task, target: float, recipe: dict[str, Any] | None) -> tuple[f
     convs = prunable_convs(task.model_name)
 
     def removed(trial: int, strength: float, t: float = _SEARCH_T) -> float:
-        model = start_norms(task.build(), START)
+        model = sparse_start(task, START)
         hook = Polarizer(sparse_norms(model, convs), strength, t)
         task.train(f"search-{trial + 1}", model, options.trial_epochs, hooks=[hook], recipe_overrides=recipe)
         keep, _ = cut_in_valleys(_prunable_scales(model, convs), options.minimum)

@@ -19,6 +19,7 @@ SOURCE = "Ding et al., RepVGG, CVPR 2021"
 PLACE, COLOUR, MARKER = 34, "#AA4499", "h"
 DEFAULT = False
 STARTS_FROM = "scratch"
+STARTS_SLIM = True
 SCHEDULES = ("equal", "equal-time")
 
 

@@ -18,6 +18,7 @@ SUMMARY = "the slim network trained from scratch, without any fusion"
 SOURCE = "Liu et al., Rethinking the Value of Network Pruning, ICLR 2019"
 PLACE, COLOUR, MARKER = 30, "#000000", "s"
 STARTS_FROM = "scratch"
+STARTS_SLIM = True
 SCHEDULES = ("equal", "equal-time")
 
 

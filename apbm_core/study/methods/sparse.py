@@ -130,6 +130,12 @@ def bisect_setting(
     return min(tried, key=lambda pair: abs(pair[1] - target))
 
 
+def sparse_start(task: Task, scale: float) -> nn.Module:
+    """The dense network with every BatchNorm scale at ``scale``; one that is trained already keeps those it has."""
+    model = task.build()
+    return model if task.config.start_epochs else start_norms(model, scale)
+
+
 @torch.no_grad()
 def start_norms(model: nn.Module, scale: float) -> nn.Module:
     """Set every BatchNorm scale to ``scale``, in place; returns ``model``."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apbm_core.costs import CostTable
-from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, start_norms, strength_in, train_sparsely
+from apbm_core.study.methods.sparse import SparseOptions, bisect_setting, sparse_start, strength_in, train_sparsely
 from apbm_core.study.methods.target import cut_to_target, parameter_target
 from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.chains import fold_constants, norms_behind
@@ -209,7 +209,7 @@ def prune(task: Task) -> nn.Module:
     before, after = task.courses(options.course, shrinking_epochs)
     published = _PUBLISHED_RECIPE, _PUBLISHED_EPOCHS
     alpha = strength_in(task, alpha, published, (recipe, shrinking_epochs), before)
-    model = add_skeletons(start_norms(task.build(), options.norm_start))
+    model = add_skeletons(sparse_start(task, options.norm_start))
     settings = {"alpha": alpha, "delta": options.delta}
     if options.norm_start != 1:
         settings["norm_start"] = options.norm_start

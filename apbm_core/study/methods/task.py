@@ -30,6 +30,9 @@ from apbm_core.study.validation import validated
 Course = Literal["restart", "continue"]
 """What the learning rate does in a run of two trainings: each goes through the whole course, or both through one."""
 
+_SHARED = {"model", "dataset", "seed", "split", "train_subset"}  # what every shared training depends on
+_START = "start"
+
 Progress = Callable[[str, Context], None]
 
 
@@ -91,8 +94,9 @@ class Task:
 
     @property
     def pretrain_epochs(self) -> int:
-        """The dense epochs before a cut: a third of all, at least one. The rest is fine-tuning."""
-        return max(1, round(self.config.epochs / 3))
+        """The dense epochs before a cut: a third of all, at least one; none of a network that is trained already. The
+        rest is fine-tuning."""
+        return 0 if self.config.start_epochs else max(1, round(self.config.epochs / 3))
 
     @property
     def finetune_epochs(self) -> int:
@@ -105,7 +109,16 @@ class Task:
         return (0.0, first / self.config.epochs), (first / self.config.epochs, 1.0)
 
     def build(self, widths: Mapping[str, int] | None = None) -> nn.Module:
-        """A fresh network, dense or with these widths, initialised from the run's seed."""
+        """A network, dense or with these widths, initialised from the run's seed.
+
+        The dense one is a trained one where the run says that it starts from such: then it was trained once for all
+        runs, before any phase of theirs, and its time is noted and not charged.
+        """
+        if widths is None and self.config.start_epochs:
+            return self._trained_already()
+        return self._fresh(widths)
+
+    def _fresh(self, widths: Mapping[str, int] | None = None) -> nn.Module:
         torch.manual_seed(self.config.seed)
         counts = None if widths is None else [widths[name] for name in prunable_convs(self.model_name)]
         return build_model(self.model_name, self.num_classes, counts).to(self.device)
@@ -125,8 +138,21 @@ class Task:
         Raises:
             ConfigError: another training came before.
         """
+        if self.config.start_epochs:
+            return self.build()
         what, model = {"epochs": self.pretrain_epochs}, self.build()
         self._train_shared("pretrain", model, self.pretrain_epochs, self.config.recipe, (), course, what)
+        return model
+
+    def _trained_already(self) -> nn.Module:
+        """The dense network of ``start_epochs``, with the statistics that it was trained with."""
+        config, model = self.config, self._fresh()
+        what = config.model_dump(mode="json", include=_SHARED | {"start_epochs", "start_recipe"})
+        name = f"start-{config.model}-s{config.seed}-{sha256(canonical_json(what).encode())[:10]}"
+        result = self._once_for_all(name, _START, model, config.start_epochs, config.start_recipe, (), (0.0, 1.0))
+        last = result.history[-1]
+        judged = {key: last[key] for key in ("train_accuracy", "val_accuracy") if key in last}
+        self.note(_START, {"epochs": config.start_epochs, "seconds": result.seconds} | judged)
         return model
 
     def train_shared(
@@ -171,7 +197,9 @@ class Task:
                 "training may be before it, for the shared one would not know of that."
             )
         config = self.config
-        shared = config.model_dump(mode="json", include={"model", "dataset", "seed", "split", "train_subset"})
+        shared = config.model_dump(mode="json", include=_SHARED)
+        if config.start_epochs:
+            shared |= config.model_dump(mode="json", include={"start_epochs", "start_recipe"})
         shared |= {"recipe": recipe.model_dump(mode="json")} | dict(what)
         if course != (0.0, 1.0):
             shared["course"] = list(course)
@@ -261,6 +289,7 @@ class Task:
         course: tuple[float, float] = (0.0, 1.0),
     ) -> TrainingResult:
         trained = sum(1 for record in self.phases if record.epochs)
+        trained += bool(self.config.start_epochs) and not identity.startswith(_START)
         return train(
             model,
             self.split,

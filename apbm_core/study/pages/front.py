@@ -121,7 +121,8 @@ def _rows(records: Mapping[str, Sequence[RunRecord]]) -> list[list[Any]]:
                     label(method),
                     label_model(config.model),
                     label_dataset(config.dataset)
-                    + (f", {config.train_subset:,} images" if config.train_subset else ""),
+                    + (f", {config.train_subset:,} images" if config.train_subset else "")
+                    + (f", from a network of {config.start_epochs} epochs" if config.start_epochs else ""),
                     "dense" if config.target == 0 else f"{100 * config.target:.4g} %",
                     config.schedule,
                     config.widths,
