@@ -7,10 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from apbm_core.branches import FUSED, add_branches
 from apbm_core.compress import collapse, compact, rescore
 from apbm_core.counting import count_macs, count_parameters
 from apbm_core.forward import evaluation_mode
 from apbm_core.fusion import fused_layers
+from apbm_core.passing import pass_inputs
 from apbm_core.study.bench.measure import Settings, Table, goal, interleave
 from apbm_core.study.bench.steps import (
     MEAN,
@@ -34,6 +36,7 @@ _MIX = "alone: P W of all layers, forward"
 _SELECT = "alone: selection in all layers, forward"
 _DROPPED = "alone: weights of all layers once their banks are dropped, forward"
 _COLLAPSED = "slim, P is frozen and its banks are dropped"
+_BRANCHES = "slim, a pointwise branch and an identity beside each convolution"
 
 
 def fusion_cost(settings: Settings) -> list[Table]:
@@ -45,6 +48,7 @@ def fusion_cost(settings: Settings) -> list[Table]:
     collapse(collapsed)
     steps = {
         "slim, plain convolutions": fastest_step(compact(mixing), settings),
+        **{case: fastest_step(model, settings) for case, model in _forms().items()},
         _COLLAPSED: fastest_step(collapsed, settings),
         "slim, P is a selection": fastest_step(selecting, settings),
         "slim, P is dense": fastest_step(mixing, settings),
@@ -94,11 +98,29 @@ def fusion_cost(settings: Settings) -> list[Table]:
             0.1,
             otherwise="Each layer hands its weight on as it is.",
         ),
+        goal(
+            "a step with a pointwise branch and an identity, each with its norm, times the plain step",
+            seconds[_BRANCHES] / plain,
+            1.35,
+            otherwise="Three norms take the place of one, and a second convolution is added.",
+        ),
         f"With banks the whole step also has P W's gradient, as many multiply-accumulates again, and an optimizer with "
         f"{count_parameters(mixing):,} parameters, the banks included, instead of "
         f"{count_parameters(compact(mixing)):,}.",
     ]
     return [table]
+
+
+def _forms() -> dict[str, nn.Module]:
+    """The slim VGG16 in the forms that pass its input on, or that are several branches with norms of their own."""
+    image = torch.zeros(1, 3, 32, 32)
+    passing, plain = fused_network("vgg16"), network("vgg16", "slim")
+    pass_inputs(passing)
+    return {
+        "slim, P is dense, passing its input on": passing,
+        _BRANCHES: add_branches(plain, image)[0],
+        "slim, responses of unimportant filters": add_branches(fused_network("vgg16"), image, [FUSED])[0],
+    }
 
 
 def _optimizer_of(step: TrainingStep) -> Callable[[], None]:

@@ -294,7 +294,7 @@ def test_slim_networks_take_the_multiples_they_are_named_for():
     assert all(width % 8 == 0 for width in widths)
 
 
-EXPECTED_ROWS = {"training": 14, "fusion": 9, "rescoring": 4, "criteria": 8, "input": 2, "profile": len(KINDS)}
+EXPECTED_ROWS = {"training": 14, "fusion": 12, "rescoring": 4, "criteria": 8, "input": 2, "profile": len(KINDS)}
 
 
 @pytest.mark.parametrize(
