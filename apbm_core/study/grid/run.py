@@ -184,7 +184,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def _commit() -> str:
-    """The source's git commit, with ``+changes`` if files differ from it; "unknown" outside a checkout."""
+    """The source's git commit, with ``+changes`` if files differ from it. Outside a checkout, as in a container or on a
+    node that got the sources alone, what ``APBM_COMMIT`` says; else "unknown"."""
     root = Path(__file__).parents[3]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
@@ -192,7 +193,7 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "--", "apbm_core"], cwd=root, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("APBM_COMMIT") or "unknown"
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from apbm_core.counting import count_macs
 from apbm_core.errors import ApbmError, ConfigError, DataError, TrainingDiverged
+from apbm_core.study.grid import run
 from apbm_core.study.grid.budget import in_order
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
@@ -576,3 +577,16 @@ def test_a_page_of_examples_is_complete_without_records(tmp_path, monkeypatch, c
 def test_outside_of_the_repository_a_folder_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert page.from_root("results") == Path("results")
+
+
+@pytest.mark.parametrize(("given", "recorded"), [("0123abc", "0123abc"), (None, "unknown")])
+def test_outside_of_a_checkout_a_variable_says_which_commit_computes(tmp_path, monkeypatch, given, recorded):
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "apbm_core" / "study" / "grid" / "run.py"))
+    monkeypatch.delenv("APBM_COMMIT", raising=False)
+    if given:
+        monkeypatch.setenv("APBM_COMMIT", given)
+    run._commit.cache_clear()
+    try:
+        assert run._commit() == recorded
+    finally:
+        run._commit.cache_clear()
