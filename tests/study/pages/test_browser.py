@@ -64,9 +64,11 @@ def fits(page) -> bool:
 
 # ---- notebook pages ----
 
-# Of every index in a formula: does it stand lower than what it belongs to?
-INDICES = """[...document.querySelectorAll('msub')].map((node) => node.children.length === 2 &&
-    node.children[1].getBoundingClientRect().bottom > node.children[0].getBoundingClientRect().bottom)"""
+# Of every index in a formula: does its middle stand lower than that of what it belongs to? (Of p and i, in some fonts,
+# the lower ends are at the same height.)
+INDICES = """[...document.querySelectorAll('msub')].map((node) => [...node.children].map((child) => {
+    const box = child.getBoundingClientRect(); return box.top + box.bottom;
+})).map((middles) => middles.length === 2 && middles[1] > middles[0])"""
 # Of every figure: are letters of 10 points, at 160 dots an inch, at least 6.5 pixels high?
 LETTERS = """[...document.images].map((image) => image.clientWidth / image.naturalWidth * 160 / 72 * 10 >= 6.5)"""
 # Of every column of numbers: how its head and its cells are aligned.
@@ -205,7 +207,8 @@ def test_times_of_different_machines_are_never_in_one_picture(opened, front_page
     page.select_option("#f-profile", "")
     page.select_option("#axis", "minutes")
     data = json.loads(page.locator("#runs").text_content())
-    machine = {row[0]: dict(zip(data["columns"], row, strict=True))["machine"] for row in data["rows"]}
+    at = data["columns"].index("machine")
+    machine = {row[0]: data["words"]["machine"][row[at]] for row in data["rows"]}
     choices = page.evaluate("[...document.querySelectorAll('#machine option')].map((option) => option.value)")
     assert len(choices) > 1
     for choice in choices:
