@@ -20,7 +20,13 @@ from apbm_core.errors import ApbmError
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.merge import merge
 from apbm_core.study.grid.paper import estimate as on_paper
-from apbm_core.study.grid.profiles import lay_over, load_profile, parse_assignments, repository
+from apbm_core.study.grid.profiles import (
+    lay_over,
+    load_profile,
+    parse_assignments,
+    parse_with_assignments,
+    repository,
+)
 from apbm_core.study.grid.work import Work
 from apbm_core.study.records import OWN
 from apbm_core.study.training import stopping
@@ -66,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("merge", help="add the records of other folders to the first", allow_abbrev=False)
     command.add_argument("into", help="a folder results/<profile>")
     command.add_argument("sources", nargs="+", help="others of its kind")
-    return parser.parse_args(arguments)
+    return parse_with_assignments(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ A profile is a YAML file `notebooks/profiles/<name>.yaml`: a flat mapping of par
 `description` and the `notebooks` that it renders. YAML is that of version 1.2: `1e-3` is a number, `no` is a word.
 """
 
+import argparse
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,20 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"parameter {name} is given twice; give it once.")
         values[name] = read_yaml(text, f"the value of {name}")
     return values
+
+
+def parse_with_assignments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line whose `name=value` strings (``more``) stand before, between and behind its options.
+
+    argparse itself takes them in one place only. Anything else that ``parser`` does not know ends the program.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "more"):
+        options.more = [*options.more, *(text for text in rest if not text.startswith("-"))]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def require_known(names: Iterable[str], known: Sequence[str], where: str) -> None:

@@ -32,7 +32,7 @@ from apbm_core.files import remove_stale_temporaries, write_atomically
 from apbm_core.study.grid import parameters
 from apbm_core.study.grid.budget import STARTED
 from apbm_core.study.grid.grid import RECORDS_ONLY, Study
-from apbm_core.study.grid.profiles import lay_over, load_profile, profile_names
+from apbm_core.study.grid.profiles import lay_over, load_profile, parse_with_assignments, profile_names
 from apbm_core.study.pages import front
 from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.execution import execute
@@ -224,7 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("more", metavar="NAME=VALUE", nargs="*", help="the same without -p; values are YAML")
     commands.add_parser("list", help="the profiles and the parameters")
     commands.add_parser("check", help="are the notebooks' sources clean?")
-    return parser.parse_args(arguments)
+    return parse_with_assignments(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None, root: Path | None = None) -> int:
