@@ -8,7 +8,7 @@ import pandas as pd
 
 from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
-from apbm_core.study.report.frames import label_dataset, label_model, points, runs_frame
+from apbm_core.study.report.frames import beds, label_dataset, label_model, of_bed, points, runs_frame
 from apbm_core.study.report.style import colour
 
 _WIDTH = 430
@@ -84,20 +84,20 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def drawing(records: Sequence[RunRecord]) -> tuple[str, str]:
-    """The methods' accuracies at equal epochs, a panel a network and target, dense dashed; and its caption."""
+    """The methods' accuracies at equal epochs, a panel a network, data set and target; and its caption."""
     table = points(runs_frame(records))
     panels = []
-    for (model, target), group in table[(table["target"] > 0) & (table["schedule"] == "equal")].groupby(
-        ["model", "target"], sort=False
-    ):
-        dense = table[(table["model"] == model) & (table["target"] == 0)]["accuracy"]
-        panels.append((model, target, group.sort_values("accuracy", ascending=False), dense.max()))
+    for model, dataset, where in beds(table):
+        here = of_bed(table, model, dataset)
+        dense = here[here["target"] == 0]["accuracy"].max()
+        for target, group in here[(here["target"] > 0) & (here["schedule"] == "equal")].groupby("target"):
+            panels.append((where, target, group.sort_values("accuracy", ascending=False), dense))
     panels.sort(key=lambda panel: -panel[1])
     height, parts = 0, []
-    for model, target, rows, dense in panels:
+    for where, target, rows, dense in panels:
         values = [*rows["accuracy"], *([] if math.isnan(dense) else [dense])]
         scale = _scale(min(values), max(values), 232, 385)
-        heading = f"{label_model(model)}, {target:.4g} % removed"
+        heading = f"{where}, {target:.4g} % removed"
         parts.append(f'<text x="2" y="{height + 16}" font-weight="600">{heading}</text>')
         top = height + 24
         if not math.isnan(dense):
@@ -115,8 +115,8 @@ def drawing(records: Sequence[RunRecord]) -> tuple[str, str]:
                 f"{row.accuracy:.2f}</text>"
             )
         height = top + 20 * len(rows) + 12
-    leaders = [(model, rows.iloc[0]) for model, _, rows, _ in panels]
-    words = "; ".join(f"{label_model(m)}: {label(r['method'])} leads with {r['accuracy']:.2f} %" for m, r in leaders)
+    leaders = [(where, rows.iloc[0]) for where, _, rows, _ in panels]
+    words = "; ".join(f"{where}: {label(r['method'])} leads with {r['accuracy']:.2f} %" for where, r in leaders)
     return _svg(_WIDTH, height, parts, words), words
 
 

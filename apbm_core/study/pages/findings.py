@@ -12,7 +12,16 @@ from apbm_core.study.ablation import tables as ablation_tables
 from apbm_core.study.methods import get_method, label
 from apbm_core.study.networks.models import get_network
 from apbm_core.study.records import RunRecord
-from apbm_core.study.report.frames import label_dataset, label_model, of_shared_seeds, points, runs_frame
+from apbm_core.study.report.frames import (
+    BED,
+    beds,
+    label_dataset,
+    label_model,
+    of_bed,
+    of_shared_seeds,
+    points,
+    runs_frame,
+)
 from apbm_core.study.report.statistics import ABOVE, BELOW
 
 _RIVALS = ("hrank", "polarization", "swp")
@@ -31,17 +40,18 @@ def sentences(
         pairs: the ablation's ingredients, of :func:`ingredients`.
         headline_pairs: the same of the bed with the paper's headline network.
     """
-    said, drawn = [], set()
+    said, drawn = [], []
     if profile := curves(records):
         for (model, dataset), table in curve_points(records[profile]):
             said.append(_of_curve(table, model, dataset, profile))
-            drawn.add(model)
+            drawn.append((model, dataset))
     if first := headline(records):
         table = points(runs_frame(records[first]))
-        asked = table[table["target"] > 0][["target", "model"]].drop_duplicates().sort_values("target", ascending=False)
-        for target, model in asked.itertuples(index=False):
-            if model not in drawn:
-                said += _of_network(table[table["model"] == model], model, target, _form(records[first], model))
+        asked = table[table["target"] > 0][["target", *BED]].drop_duplicates().sort_values("target", ascending=False)
+        names = {(model, dataset): words for model, dataset, words in beds(table)}
+        for target, *bed in asked.itertuples(index=False):
+            if tuple(bed) not in drawn:
+                said += _of_network(of_bed(table, *bed), names[tuple(bed)], target, _form(records[first], bed[0]))
     return _of_passing(headline_pairs) + said + _of_ablation(pairs)
 
 
@@ -114,7 +124,7 @@ def _of_curve(table: pd.DataFrame, model: str, dataset: str, profile: str) -> st
     )
 
 
-def _of_network(table: pd.DataFrame, model: str, target: float, form: str) -> list[str]:
+def _of_network(table: pd.DataFrame, name: str, target: float, form: str) -> list[str]:
     at = table[table["target"] == target]
     equal = at[at["schedule"] == "equal"].set_index("method")["accuracy"]
     if "apbm" not in equal.index or "scratch" not in equal.index:
@@ -122,7 +132,7 @@ def _of_network(table: pd.DataFrame, model: str, target: float, form: str) -> li
     row = at[(at["schedule"] == "equal") & (at["method"] == "apbm")].iloc[0]
     seeds = f"{row['n']:.0f} seed{'s' if row['n'] > 1 else ''}"
     words = (
-        f"<b>{label_model(model)}, {target:.4g} % of its parameters removed</b> ({row['epochs']:.0f} epochs, {seeds}): "
+        f"<b>{name}, {target:.4g} % of its parameters removed</b> ({row['epochs']:.0f} epochs, {seeds}): "
         f"APBM{form} reaches {equal['apbm']:.2f} %, the same slim network trained from scratch {equal['scratch']:.2f} %"
     )
     rivals = equal[[name for name in _RIVALS if name in equal.index]]

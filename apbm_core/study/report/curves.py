@@ -10,8 +10,9 @@ from matplotlib.ticker import MaxNLocator
 from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import (
+    beds,
     history_frame,
-    label_model,
+    of_bed,
     phase_frame,
     runs_frame,
     timed_alike,
@@ -27,11 +28,11 @@ from apbm_core.study.report.tradeoffs import accuracy_curves as accuracy_curves
 def training_curves(records: Sequence[RunRecord]) -> Figure:
     """Training accuracy by epoch, all phases in a row; the last mark of each line is the test accuracy."""
     history, runs = history_frame(records), runs_frame(records)
-    models = list(dict.fromkeys(history["model"]))
-    figure, axes = plt.subplots(len(models), 1, figsize=(8, 4.2 * len(models)), squeeze=False)
-    for axis, model in zip(axes[:, 0], models, strict=True):
-        part = history[history["model"] == model]
-        final = runs[runs["model"] == model].set_index("id")
+    panels = beds(history)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), squeeze=False)
+    for axis, (model, dataset, where) in zip(axes[:, 0], panels, strict=True):
+        part = of_bed(history, model, dataset)
+        final = of_bed(runs, model, dataset).set_index("id")
         for method in ordered(part["method"]):
             for identifier, line in part[part["method"] == method].groupby("id", sort=False):
                 first = identifier == part[part["method"] == method]["id"].iloc[0]
@@ -52,7 +53,7 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
                 )
         best = final["accuracy"].idxmax()
         name, accuracy = label(final.loc[best, "method"]), final.loc[best, "accuracy"]
-        set_title(axis, f"{label_model(model)}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
+        set_title(axis, f"{where}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
         axis.set_xlabel("epoch, all phases counted")
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_ylabel("training accuracy (%), marks: test")
@@ -61,19 +62,19 @@ def training_curves(records: Sequence[RunRecord]) -> Figure:
 
 
 def phase_times(records: Sequence[RunRecord]) -> Figure:
-    """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network,
-    one below another.
+    """Where the time of each method goes, phase by phase; the mean over targets and seeds, one panel a network
+    and data set, one below another.
 
     Runs that were timed under other conditions than most of the network's are left out, and counted below.
     """
     records = [record for record in records if record.config.schedule == "equal"]
     alike = timed_alike(records)
     phases = phase_frame(alike)
-    models = list(dict.fromkeys(phases["model"]))
+    panels = beds(phases)
     names = _phases_in_order(records)
-    figure, axes = plt.subplots(len(models), 1, figsize=(8, 3.8 * len(models)), squeeze=False)
-    for axis, model in zip(axes[:, 0], models, strict=True):
-        part = phases[phases["model"] == model]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 3.8 * len(panels)), squeeze=False)
+    for axis, (model, dataset, where) in zip(axes[:, 0], panels, strict=True):
+        part = of_bed(phases, model, dataset)
         runs = part.groupby("method")[["target", "seed"]].apply(lambda g: len(g.drop_duplicates()))
         seconds = part.pivot_table(index="method", columns="phase", values="seconds", aggfunc="sum").div(runs, axis=0)
         order = seconds.sum(axis=1).sort_values(ascending=False).index
@@ -89,11 +90,12 @@ def phase_times(records: Sequence[RunRecord]) -> Figure:
                 height=0.7,
             )
             left += width
-        others = sum(record.config.model == model for record in records) - part["id"].nunique()
+        all_runs = sum((record.config.model, record.config.dataset) == (model, dataset) for record in records)
+        others = all_runs - part["id"].nunique()
         left_out = f" (without {others}, timed under other conditions)" if others else ""
         axis.set_xlabel(f"minutes a run{left_out}")
         words = f"{label(order[0])} trains longest, {left.max() / left.min():.1f} times {label(order[-1])}"
-        set_title(axis, f"{label_model(model)}: {words}", 60)
+        set_title(axis, f"{where}: {words}", 60)
         axis.grid(axis="y", visible=False)
     shared_legend(figure, axes[:, 0], title="phase")
     return figure
@@ -113,7 +115,7 @@ _NEARLY_ALL = 0.99  # above this share of a kept filter in its fused one, hardly
 
 def fusion_course(records: Sequence[RunRecord]) -> Figure:
     """How much is fused when: own share, self-mass, entropy and churn by epoch, for the methods that fuse; four
-    panels a network, so that a phone shows them large enough."""
+    panels a network and data set, so that a phone shows them large enough."""
     history = history_frame([record for record in records if any("fusion" in row for row in record.history)])
     quantities = {
         "own_share": "a kept filter's share\nof its fused filter",
@@ -121,11 +123,11 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
         "entropy": "entropy of the similarity\ndistributions (nats)",
         "churn": "kept filters replaced\nin the epoch",
     }
-    models = list(dict.fromkeys(history["model"]))
-    figure = plt.figure(figsize=(8, 6.4 * len(models)))
-    rows = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
-    for row, model in zip(rows, models, strict=True):
-        part = history[history["model"] == model]
+    panels = beds(history)
+    figure = plt.figure(figsize=(8, 6.4 * len(panels)))
+    rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
+    for row, (model, dataset, where) in zip(rows, panels, strict=True):
+        part = of_bed(history, model, dataset)
         axes = row.subplots(2, 2).ravel()
         for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
             for method in _methods(part):
@@ -138,7 +140,7 @@ def fusion_course(records: Sequence[RunRecord]) -> Figure:
             axis.set_ylim(bottom=0, top=1.05 if quantity.endswith(("share", "mass")) else max(0.05, axis.get_ylim()[1]))
             axis.set_title(title, fontsize=10, loc="left")
         axes[0].legend(fontsize=8)
-        words = in_lines(f"{label_model(model)}: {_fusion_finding(part)}", 95)
+        words = in_lines(f"{where}: {_fusion_finding(part)}", 95)
         row.suptitle(words, x=0.01, ha="left", fontsize=11)
     return figure
 

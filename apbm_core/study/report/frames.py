@@ -14,7 +14,8 @@ from apbm_core.study.networks.models import network_label
 from apbm_core.study.records import PhaseRecord, RunRecord, read_record
 from apbm_core.study.report.statistics import NO_NOISE, Noise, pooled_noise
 
-POINT = ["model", "dataset", "method", "schedule", "target"]  # what one mark in a plot stands for
+BED = ["model", "dataset"]  # what one panel of a figure is about
+POINT = [*BED, "method", "schedule", "target"]  # what one mark in a plot stands for
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
 _RUN = [
     *POINT,
@@ -49,7 +50,7 @@ def runs_frame(records: Sequence[RunRecord], calibration: Calibration | None = N
 
     *training seconds* are the calibration's where it covers the run, else the record's own; *timed on* says which.
 
-    *timed alike*: under the conditions that most of the network's runs were timed under.
+    *timed alike*: under the conditions that most of the network's runs on that data set were timed under.
     Without records the frame is empty, but has its columns.
     The accuracy is the test set's, or the validation images' for a tuning run.
     """
@@ -81,11 +82,11 @@ def runs_frame(records: Sequence[RunRecord], calibration: Calibration | None = N
         )
     frame = pd.DataFrame(rows, columns=_RUN).assign(drop=math.nan)
     if not frame.empty:
-        usual = frame.groupby("model")["timed on"].agg(lambda column: column.mode().iloc[0])
-        frame["timed alike"] = frame["timed on"] == frame["model"].map(usual)
+        usual = frame.groupby(BED)["timed on"].transform(lambda column: column.mode().iloc[0])
+        frame["timed alike"] = frame["timed on"] == usual
         frame["method"] = pd.Categorical(frame["method"], ordered(frame["method"]))
-        dense = frame[frame["method"] == "dense"].groupby(["model", "dataset"])["accuracy"].mean()
-        keys = pd.MultiIndex.from_frame(frame[["model", "dataset"]])
+        dense = frame[frame["method"] == "dense"].groupby(BED)["accuracy"].mean()
+        keys = pd.MultiIndex.from_frame(frame[BED])
         frame["drop"] = dense.reindex(keys).to_numpy() - frame["accuracy"]
         order = {model: place for place, model in enumerate(dict.fromkeys(frame["model"]))}
         frame = frame.sort_values(
@@ -121,7 +122,7 @@ def noises(frame: pd.DataFrame) -> dict[tuple[str, str, float], Noise]:
     Where a target has too few repetitions, and for the dense network, that of all the network's targets together.
     """
     found = {}
-    for (model, dataset), runs in frame.groupby(["model", "dataset"], sort=False):
+    for (model, dataset), runs in frame.groupby(BED, sort=False):
         overall = pooled_noise(runs, ["method", "schedule", "target"], network="network")
         for target, there in runs.groupby("target"):
             own = pooled_noise(there, ["method", "schedule"], network="network")
@@ -173,6 +174,7 @@ def phase_frame(records: Sequence[RunRecord], calibration: Calibration | None = 
         [
             {
                 "model": record.config.model,
+                "dataset": record.config.dataset,
                 "method": method,
                 "target": 100 * record.config.target,
                 "schedule": record.config.schedule,
@@ -191,15 +193,31 @@ def phase_frame(records: Sequence[RunRecord], calibration: Calibration | None = 
 
 
 def phase_columns(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
-    """The seconds of each phase, a column a phase, by network, method, target (in percent) and schedule; means over the
-    seeds. A method that lacks a phase has NaN there."""
-    keys = ["model", "method", "target", "schedule"]
+    """The seconds of each phase, a column a phase, by network, data set, method, target (in percent) and schedule;
+    means over the seeds. A method that lacks a phase has NaN there."""
+    keys = [*BED, "method", "target", "schedule"]
     phases = phase_frame(records, calibration)
     if phases.empty:
         return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=keys))
     each = phases.groupby([*keys, "seed", "phase"], sort=False)["seconds"].sum()
     table = each.groupby([*keys, "phase"], sort=False).mean().unstack("phase")
     return table[list(dict.fromkeys(phases["phase"]))].add_suffix(" (s)")
+
+
+def beds(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """The (network, data set) pairs of a frame, in its order, each with the words for it: the network's name alone
+    where the frame has one data set."""
+    pairs = list(dict.fromkeys(frame[BED].itertuples(index=False, name=None)))
+    several = len({dataset for _, dataset in pairs}) > 1
+    return [
+        (model, dataset, label_model(model) + (f", {label_dataset(dataset)}" if several else ""))
+        for model, dataset in pairs
+    ]
+
+
+def of_bed(frame: pd.DataFrame, model: str, dataset: str) -> pd.DataFrame:
+    """The rows of one network on one data set."""
+    return frame[(frame["model"] == model) & (frame["dataset"] == dataset)]
 
 
 def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
@@ -213,6 +231,7 @@ def history_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
             rows.append(
                 {
                     "model": config.model,
+                    "dataset": config.dataset,
                     "method": method,
                     "target": 100 * config.target,
                     "schedule": config.schedule,

@@ -15,7 +15,16 @@ from apbm_core.study.grid.grid import Study
 from apbm_core.study.methods import label
 from apbm_core.study.records import RunConfig, RunRecord
 from apbm_core.study.report.claims import claims_frame
-from apbm_core.study.report.frames import label_dataset, label_model, phase_columns, phase_frame, points, runs_frame
+from apbm_core.study.report.frames import (
+    BED,
+    label_dataset,
+    label_model,
+    of_bed,
+    phase_columns,
+    phase_frame,
+    points,
+    runs_frame,
+)
 from apbm_core.study.report.rivals import against_rivals, cell_style, matrix, over_targets, power_notes
 
 FORMATS = {
@@ -48,7 +57,7 @@ def styled(table: pd.DataFrame, name: str, caption: str = "") -> Styler:
 
 def summary(records: Sequence[RunRecord], calibration: Calibration | None = None) -> pd.DataFrame:
     """One row for each network, method and target: means over the seeds."""
-    columns = ["model", "method", "target", "schedule", "epochs", "accuracy", "interval", "n", "parameters", "MACs",
+    columns = [*BED, "method", "target", "schedule", "epochs", "accuracy", "interval", "n", "parameters", "MACs",
                "parameters removed", "training seconds"]  # fmt: skip
     return _labelled(points(runs_frame(records, calibration))[columns])
 
@@ -56,8 +65,8 @@ def summary(records: Sequence[RunRecord], calibration: Calibration | None = None
 def targets(
     records: Sequence[RunRecord], by: str = "params", calibration: Calibration | None = None
 ) -> dict[str, tuple[pd.DataFrame, str]]:
-    """For each network and target all methods and dense, the best accuracy first, with the time by phase; by the
-    table's name (``targets_vgg16_92.74``), each with its caption.
+    """For each network, data set and target all methods and dense, the best accuracy first, with the time by phase; by
+    the table's name (``targets_vgg16_cifar10_92.74``), each with its caption.
 
     A column *timed alike* is there only if some runs were timed under other conditions than most.
     """
@@ -66,14 +75,13 @@ def targets(
     columns = ["method", "schedule", "epochs", "accuracy", "interval", "n", "drop", "parameters", "MACs",
                "parameters removed", "MACs removed", "training seconds"]  # fmt: skip
     found = {}
-    for (model, target), group in table[table["target"] > 0].groupby(["model", "target"], sort=False):
-        dense = table[(table["model"] == model) & (table["target"] == 0)]
-        rows = pd.concat([dense, group]).sort_values("accuracy", ascending=False)
-        if not rows["timed alike"].all():
-            columns = [*columns, "timed alike"]
-        rows = rows[[*columns, *rows[phases.columns].dropna(axis="columns", how="all")]]
-        caption = f"{label_model(model)}, {target:.4g} % of the {by} to remove"
-        found[f"targets_{model}_{target:.4g}"] = (_labelled(rows), caption)
+    for (model, dataset, target), group in table[table["target"] > 0].groupby([*BED, "target"], sort=False):
+        dense = of_bed(table, model, dataset)
+        rows = pd.concat([dense[dense["target"] == 0], group]).sort_values("accuracy", ascending=False)
+        others = [] if rows["timed alike"].all() else ["timed alike"]
+        rows = rows[[*columns, *others, *rows[phases.columns].dropna(axis="columns", how="all")]]
+        caption = f"{label_model(model)}, {label_dataset(dataset)}, {target:.4g} % of the {by} to remove"
+        found[f"targets_{model}_{dataset}_{target:.4g}"] = (_labelled(rows), caption)
     return found
 
 
@@ -90,7 +98,7 @@ def matrices(
     frame = runs_frame(records, calibration)
     table, found = against_rivals(frame), {}
     notes = dict(power_notes(frame, table))
-    for (model, dataset, target), rows in table.groupby(["model", "dataset", "target"], sort=False):
+    for (model, dataset, target), rows in table.groupby([*BED, "target"], sort=False):
         place = f"{label_model(model)}, {label_dataset(dataset)}, {target:.4g} % removed"
         caption = f"{place}. {notes.get((model, dataset, target), '')}".strip()
         found[f"rivals_{model}_{dataset}_{target:.4g}"] = (matrix(rows), caption)
@@ -106,7 +114,7 @@ def phases(records: Sequence[RunRecord], calibration: Calibration | None = None)
     """Epochs, seconds and images per second of each phase, averaged over the seeds."""
     table = phase_frame(records, calibration)
     if len(table):
-        keys = ["model", "method", "target", "schedule", "phase", "shared"]
+        keys = [*BED, "method", "target", "schedule", "phase", "shared"]
         table = table.groupby(keys, sort=False)[["epochs", "seconds", "images/s"]].mean().reset_index()
     return _labelled(table)
 

@@ -19,7 +19,7 @@ from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import label, ordered
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.curve_titles import in_accuracy, in_macs, in_time
-from apbm_core.study.report.frames import label_dataset, label_model, of_shared_seeds, points, runs_frame
+from apbm_core.study.report.frames import beds, label_dataset, label_model, of_bed, of_shared_seeds, points, runs_frame
 from apbm_core.study.report.rivals import over_targets
 from apbm_core.study.report.style import colour, line_style, marker, set_title
 
@@ -51,12 +51,10 @@ def accuracy_against_time(records: Sequence[RunRecord], calibration: Calibration
 def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration | None) -> Figure:
     frame = runs_frame(records, calibration)
     table, whole = points(of_shared_seeds(frame)), over_targets(frame)
-    beds = list(dict.fromkeys(zip(table["model"], table["dataset"], strict=True)))
-    figure, axes = plt.subplots(len(beds), 1, figsize=(8.4, 4.8 * len(beds)), squeeze=False)
-    for axis, (model, dataset) in zip(axes[:, 0], beds, strict=True):
-        here = (table["model"] == model) & (table["dataset"] == dataset)
-        part = table[here]
-        means = whole[(whole["model"] == model) & (whole["dataset"] == dataset)]
+    panels = beds(table)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8.4, 4.8 * len(panels)), squeeze=False)
+    for axis, (model, dataset, _) in zip(axes[:, 0], panels, strict=True):
+        part, means = of_bed(table, model, dataset), of_bed(whole, model, dataset)
         several = part[part["target"] > 0]["target"].nunique() > 1
         if against == "training seconds":
             _against_time(axis, part)

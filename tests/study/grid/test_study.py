@@ -354,9 +354,9 @@ def test_equal_time_runs_are_set_beside_those_whose_time_they_got(finished):
 def test_the_tables_of_04_have_the_time_of_every_phase(finished, tmp_path):
     study, records = finished
     ((name, (table, caption)),) = tables.targets(records).items()
-    assert caption == "ResNet20, 50 % of the params to remove"
+    assert caption == "ResNet20, scikit-learn digits, 50 % of the params to remove"
     page.Page("04_compare", Study(study.parameters, tmp_path)).table(table, name, caption)
-    table = pd.read_csv(tmp_path / "tables" / "04_targets_resnet20_50.csv").set_index("method")
+    table = pd.read_csv(tmp_path / "tables" / "04_targets_resnet20_digits_50.csv").set_index("method")
     assert len(table) == len(default_methods())
     for record in records:
         row = table.loc[label(record.config.method)]
