@@ -5,7 +5,7 @@ some heads are, unless the attributes are written anew. Which module it is is fo
 was written is right, the proof says (proof.py).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +22,13 @@ class SizeWatch(TorchFunctionMode):
 
     Attributes:
         owners: what autograd calls the result -> the name of the module whose code it is in.
+        read: name of a module -> those of its attributes that its own code read and that may be sizes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.owners: dict[Any, str] = {}
+        self.read: dict[str, set[str]] = {}
         self._inside = [""]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -38,19 +40,27 @@ class SizeWatch(TorchFunctionMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Follow which module of the network runs."""
+        """Follow which module of the network runs, and what it reads of itself."""
 
         def leave(*_: Any) -> None:
             self._inside.pop()
 
-        handles = []
+        def get(module: nn.Module, key: str) -> Any:
+            value = object.__getattribute__(module, key)
+            if type(value) in (int, list, tuple) and names.get(id(module)) == self._inside[-1]:
+                self.read.setdefault(self._inside[-1], set()).add(key)
+            return value
+
+        handles, names = [], {id(module): name for name, module in model.named_modules()}
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(lambda _m, _i, name=name: self._inside.append(name)))
             handles.append(module.register_forward_hook(leave))
+        nn.Module.__getattribute__ = get  # modules inherit object's; a subclass's own ends here too
         try:
             with self:
                 yield
         finally:
+            del nn.Module.__getattribute__
             for handle in handles:
                 handle.remove()
 
@@ -76,13 +86,19 @@ class Split:
         return [(before, int(part.sum())) for before, part in parts]
 
 
-def write_sizes(model: nn.Module, splits: Mapping[str, Split], gone: Mapping[str, Tensor]) -> None:
+def write_sizes(
+    model: nn.Module, splits: Mapping[str, Split], gone: Mapping[str, Tensor], read: Mapping[str, Collection[str]]
+) -> None:
     """Where modules remember into which sizes they split their channels, write down what is left of each.
+
+    What a module does not read while it runs stays as it is: a number of epochs may happen to be that of some channels,
+    and no proof would see that it had changed.
 
     Args:
         model: a network whose channels were cut.
         splits: of the network as it was, by names of their own.
         gone: name of a split -> which of the channels, or heads, that come to it were cut.
+        read: of the network as it ran, see :class:`SizeWatch`.
     """
     left: dict[str, dict[int, set[int]]] = {}
     heads: dict[str, dict[int, int]] = {}
@@ -96,6 +112,8 @@ def write_sizes(model: nn.Module, splits: Mapping[str, Split], gone: Mapping[str
         certain = {before: after.pop() for before, after in now.items() if len(after) == 1}
         module = model.get_submodule(owner)
         for key, value in vars(module).items():
+            if key not in read.get(owner, ()):
+                continue
             if type(value) is int and "head" in key and "dim" not in key and value in heads.get(owner, ()):
                 setattr(module, key, heads[owner][value])
             elif type(value) is int and value in certain:

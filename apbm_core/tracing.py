@@ -82,6 +82,7 @@ class Trace:
         self.names |= {parameter: name for name, parameter in model.named_parameters()}
         self._dimensions = {self.names[parameter]: dim for parameter, dim in self.graph.unwrapped_parameters}
         self._splits: dict[str, Split] = {}
+        self._read = watch.read
         for node in self.graph.module2node.values():
             if node.type == OPTYPE.SPLIT and node.module.split_sizes:
                 self._name_split(node, watch.owners.get(node.grad_fn), tuple(node.module.split_sizes))
@@ -180,9 +181,8 @@ class Trace:
                 remove(module, channels.tolist())
                 if is_instance_norm:
                     module.num_groups = module.num_channels
-        write_sizes(
-            model, self._splits, {name: channels for (name, _), channels in gone.items() if name in self._splits}
-        )
+        of_splits = {name: channels for (name, _), channels in gone.items() if name in self._splits}
+        write_sizes(model, self._splits, of_splits, self._read)
 
     def _shorten(self, model: nn.Module, name: str, channels: Tensor) -> None:
         owner, _, key = name.rpartition(".")

@@ -90,6 +90,22 @@ class CrossStage(nn.Module):
         return self.leave(torch.cat([a.relu(), b + self.inner(b)], 1))
 
 
+class WithOtherNumbers(nn.Module):
+    """Splits by a size that it remembers, beside numbers that happen to be the same and are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = conv(8, 12, 1), conv(12, 8, 1)
+        self.width, self.sizes = 12, [4, 8]
+        self.epochs_between, self.image_size, self.strides = 12, (8, 4), [4, 12]
+
+    def forward(self, x):
+        a, b = self.enter(x).split(self.sizes, 1)
+        if self.training and self.epochs_between > 1000:
+            raise AssertionError("not here")
+        return self.leave(torch.cat([a.relu(), b], 1))
+
+
 class ShuffledHalves(nn.Module):
     """ShuffleNet's second unit: half of the channels through a branch, both concatenated and shuffled."""
 
@@ -186,3 +202,15 @@ def test_the_sizes_that_a_module_remembers_are_those_of_its_channels_and_the_den
     net = apbm_core.compact(apbm_core.fuse(model, IMAGES, 0.5))
     assert (net[1].part + net[1].rest, net[1].mix.in_channels) == (4, net[1].part)
     assert (model[1].part, model[1].rest, model[1].sizes) == (2, 6, (2, 6))
+
+
+def test_numbers_that_a_module_does_not_split_by_stay_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), WithOtherNumbers(), nn.Flatten(), nn.Linear(512, 4))
+    get = vars(nn.Module).get("__getattribute__")
+    compact = apbm_core.compact(apbm_core.fuse(randomised(model), keep=0.5, example_inputs=IMAGES))
+    assert vars(nn.Module).get("__getattribute__") is get  # nothing is left of the watch
+    slim = compact[1]
+    assert slim.enter[0].out_channels < 12 and sum(slim.sizes) == slim.enter[0].out_channels
+    assert (slim.epochs_between, slim.image_size, slim.strides, slim.width) == (12, (8, 4), [4, 12], 12)
+    compact.train()(IMAGES)
