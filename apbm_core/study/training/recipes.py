@@ -62,7 +62,8 @@ class Recipe(BaseModel):
     compile: bool | Literal["reduce-overhead"] = Field(
         False,
         description="torch.compile the forward pass; falls back to eager with a warning. 'reduce-overhead' records it"
-        " as CUDA graphs, for small networks on a GPU, whose time is that of launching kernels",
+        " as CUDA graphs, for small networks on a GPU, whose time is that of launching kernels; no card has confirmed"
+        " it yet",
     )
 
     @model_validator(mode="after")
