@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +22,7 @@ from apbm_core.study.report.frames import (
     points,
     runs_frame,
 )
+from apbm_core.study.report.rivals import against_rivals
 from apbm_core.study.report.statistics import ABOVE, BELOW
 
 _RIVALS = ("hrank", "polarization", "swp")
@@ -42,8 +43,9 @@ def sentences(
     """
     said, drawn = [], []
     if profile := curves(records):
+        duels = against_rivals(runs_frame(_judged(records[profile])))
         for (model, dataset), table in curve_points(records[profile]):
-            said.append(_of_curve(table, model, dataset, profile))
+            said.append(_of_curve(of_bed(duels, model, dataset), table, model, dataset, profile))
             drawn.append((model, dataset))
     if first := headline(records):
         table = points(runs_frame(records[first]))
@@ -83,15 +85,19 @@ def curves(records: Mapping[str, Sequence[RunRecord]]) -> str:
 def curve_points(records: Sequence[RunRecord]) -> list[tuple[tuple[str, str], pd.DataFrame]]:
     """For each (network, data set) with a curve its points at equal epochs, judged by the test images, at the targets
     that APBM and slim from scratch share, three at least, and from the seeds that all methods have there."""
-    judged = [r for r in records if r.test_accuracy is not None and r.config.schedule == "equal"]
+    judged, found = _judged(records), []
     if not judged:
         return []
-    found = []
     for bed, table in points(of_shared_seeds(runs_frame(judged))).groupby(["model", "dataset"], sort=False):
         shared = set(table[table["method"] == "apbm"]["target"]) & set(table[table["method"] == "scratch"]["target"])
         if len(shared) >= _A_CURVE:
             found.append((bed, table[table["target"].isin(shared | {0.0})]))
     return found
+
+
+def _judged(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs at equal epochs that the test images judged."""
+    return [r for r in records if r.test_accuracy is not None and r.config.schedule == "equal"]
 
 
 def _form(records: Sequence[RunRecord], model: str) -> str:
@@ -103,25 +109,35 @@ def _form(records: Sequence[RunRecord], model: str) -> str:
     return " (fusion alone; its input was not passed on)" if usual and not any(o.get("passing") for o in ran) else ""
 
 
-def _of_curve(table: pd.DataFrame, model: str, dataset: str, profile: str) -> str:
-    """APBM's differences to slim from scratch, the identity start and the paper's rivals along a curve, each its
-    range."""
-    accuracy = table.pivot_table(index="target", columns="method", values="accuracy", observed=True)
-    rows = table[(table["method"] == "apbm")]
-    seeds = f"{rows['n'].min():.0f} seed{'s' if rows['n'].min() > 1 else ''}"
-    said = []
+def _of_curve(pairs: pd.DataFrame, table: pd.DataFrame, model: str, dataset: str, profile: str) -> str:
+    """APBM's differences to slim from scratch, the identity start and the paper's rivals along a curve, each with its
+    range and where it stands the correction; of ``pairs``, the bed's :func:`against_rivals`."""
+    rows = table[table["method"] == "apbm"]
+    targets, epochs, said = rows["target"], rows["epochs"].iloc[0], []
+    ours = pairs[(pairs["method"] == "apbm") & pairs["target"].isin(targets)]
     for rival in ("scratch", "dirac", *_RIVALS):
-        if rival in accuracy:
-            each = (accuracy["apbm"] - accuracy[rival]).dropna()
-            where = "" if len(each) == len(rows) else f" at {len(each)} of them"
-            said.append(f"{label(rival)} {each.mean():+.2f} ({each.min():+.2f} to {each.max():+.2f}{where})")
-    targets, epochs = rows["target"], rows["epochs"].iloc[0]
+        each = ours[ours["rival"] == label(rival)]
+        if len(each):
+            low, high = each["n"].min(), each["n"].max()
+            seeds = f"{low}" if low == high else f"{low} to {high}"
+            facts = [f"{each['difference'].min():+.2f} to {each['difference'].max():+.2f}"]
+            facts += [] if len(each) == len(rows) else [f"at {len(each)} of them"]
+            facts += [f"{seeds} seed{'' if high == 1 else 's'}"]
+            for verdict in (ABOVE, BELOW):
+                there = each[each["verdict"] == verdict]["target"]
+                facts += [f"shown {verdict} at {_listed(f'{t:.4g}' for t in there)} %"] if len(there) else []
+            said.append(f"{label(rival)} {each['difference'].mean():+.2f} ({', '.join(facts)})")
     return (
         f"<b>{label_model(model)} on {label_dataset(dataset)}, {len(targets)} targets from {targets.min():.4g} to "
-        f"{targets.max():.4g} % of its parameters removed</b> ({profile}, {epochs:.0f} epochs, {seeds}): "
-        "by so many points APBM is ahead, on average over the targets and from the least to the most, of "
+        f"{targets.max():.4g} % of its parameters removed</b> ({profile}, {epochs:.0f} epochs): by so many points APBM "
+        "is ahead, on average over the targets and from the least to the most, each the mean of pairs of one seed, of "
         f"{'; '.join(said)}."
     )
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _of_network(table: pd.DataFrame, name: str, target: float, form: str) -> list[str]:
