@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -26,39 +27,53 @@ from apbm_core.study.report.tradeoffs import accuracy_curves as accuracy_curves
 
 
 def training_curves(records: Sequence[RunRecord]) -> Figure:
-    """Training accuracy by epoch, all phases in a row; the last mark of each line is the test accuracy."""
+    """Training accuracy by epoch, all phases in a row, the mean over the seeds; the last mark of each line is the test
+    accuracy. A panel a network, data set and target, each with the dense network; two abreast where there are several.
+    """
     history, runs = history_frame(records), runs_frame(records)
-    panels = beds(history)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), squeeze=False)
-    for axis, (model, dataset, where) in zip(axes[:, 0], panels, strict=True):
-        part = of_bed(history, model, dataset)
-        final = of_bed(runs, model, dataset).set_index("id")
-        for method in ordered(part["method"]):
-            for identifier, line in part[part["method"] == method].groupby("id", sort=False):
-                first = identifier == part[part["method"] == method]["id"].iloc[0]
-                axis.plot(
-                    line["epoch"],
-                    100 * line["train_accuracy"],
-                    color=colour(method),
-                    lw=1.4,
-                    ls=line_style(method),
-                    label=label(method) if first else None,
-                )
-                axis.plot(
-                    line["epoch"].max(),
-                    final.loc[identifier, "accuracy"],
-                    marker(method) if method != "dense" else "h",
-                    color=colour(method),
-                    ms=7,
-                )
-        best = final["accuracy"].idxmax()
-        name, accuracy = label(final.loc[best, "method"]), final.loc[best, "accuracy"]
-        set_title(axis, f"{where}: {name} ends highest, at {accuracy:.1f} % on the test images", 60)
-        axis.set_xlabel("epoch, all phases counted")
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axis.set_ylabel("training accuracy (%), marks: test")
-    shared_legend(figure, axes[:, 0])
+    rows: list[list[tuple[str, str, str, float]]] = []
+    for bed in beds(history):
+        targets = [target for target in sorted(of_bed(runs, *bed[:2])["target"].unique()) if target > 0] or [0.0]
+        rows += [[(*bed, target) for target in targets[start : start + 2]] for start in range(0, len(targets), 2)]
+    columns = max(map(len, rows), default=1)
+    size = (8 if columns == 1 else 9.5, (4.2 if columns == 1 else 3.4) * max(1, len(rows)))
+    figure, axes = plt.subplots(max(1, len(rows)), columns, figsize=size, squeeze=False)
+    for line, panels in zip(axes, rows, strict=False):
+        several = len({target for *bed, target in sum(rows, []) if bed == list(panels[0][:3])}) > 1
+        for axis, (model, dataset, where, target) in zip(line, panels, strict=False):
+            at = f"{where}, {target:.4g} % removed" if several else where
+            _training_panel(axis, *(_of_target(frame, model, dataset, target) for frame in (history, runs)), at)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+    shared_legend(figure, axes.flat)
     return figure
+
+
+def _of_target(frame: pd.DataFrame, model: str, dataset: str, target: float) -> pd.DataFrame:
+    part = of_bed(frame, model, dataset)
+    return part[part["target"].isin([0.0, target])]
+
+
+def _training_panel(axis: Axes, history: pd.DataFrame, runs: pd.DataFrame, where: str) -> None:
+    keys = ["method", "schedule"]
+    ends = runs.groupby(keys, observed=True)["accuracy"].mean()
+    for method in ordered(history["method"]):
+        for place, schedule in enumerate(dict.fromkeys(history[history["method"] == method]["schedule"])):
+            here = history[(history["method"] == method) & (history["schedule"] == schedule)]
+            line = 100 * here.groupby("epoch")["train_accuracy"].mean()
+            name = label(method) if place == 0 else None
+            axis.plot(line.index, line, color=colour(method), lw=1.4, ls=line_style(method), label=name)
+            look = marker(method) if method != "dense" else "h"
+            axis.plot(line.index.max(), ends[method, schedule], look, color=colour(method), ms=7)
+    pruned = ends[ends.index.get_level_values("method") != "dense"]
+    best = (ends if pruned.empty else pruned).idxmax()
+    words = f"{label(best[0])} ends highest{'' if pruned.empty else ' of the pruned'}, at {ends[best]:.1f} %"
+    place = axis.get_subplotspec()
+    set_title(axis, f"{where}: {words}", 60 if place.get_gridspec().ncols == 1 else 38)
+    axis.set_xlabel("epoch, all phases counted")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if place.is_first_col():
+        axis.set_ylabel("training accuracy (%), marks: test")
 
 
 def phase_times(records: Sequence[RunRecord]) -> Figure:
