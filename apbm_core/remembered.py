@@ -5,6 +5,7 @@ some heads are, unless the attributes are written anew. Which module it is is fo
 was written is right, the proof says (proof.py).
 """
 
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_ONE_THREAD = threading.Lock()
 _WATCHED = ("split", "split_with_sizes", "view", "reshape", "unflatten")
 
 
@@ -55,14 +57,15 @@ class SizeWatch(TorchFunctionMode):
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(lambda _m, _i, name=name: self._inside.append(name)))
             handles.append(module.register_forward_hook(leave))
-        nn.Module.__getattribute__ = get  # modules inherit object's; a subclass's own ends here too
-        try:
-            with self:
-                yield
-        finally:
-            del nn.Module.__getattribute__
-            for handle in handles:
-                handle.remove()
+        with _ONE_THREAD:  # for as long as all modules are asked in this way
+            nn.Module.__getattribute__ = get  # they inherit object's; a subclass's own ends here too
+            try:
+                with self:
+                    yield
+            finally:
+                del nn.Module.__getattribute__
+                for handle in handles:
+                    handle.remove()
 
 
 @dataclass(frozen=True)

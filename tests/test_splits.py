@@ -1,5 +1,7 @@
 """Channels that are split, concatenated, gated or shuffled, by sizes that a module remembers or works out, can go."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_surgery import randomised, silenced
@@ -214,3 +216,14 @@ def test_numbers_that_a_module_does_not_split_by_stay_as_they_are():
     assert slim.enter[0].out_channels < 12 and sum(slim.sizes) == slim.enter[0].out_channels
     assert (slim.epochs_between, slim.image_size, slim.strides, slim.width) == (12, (8, 4), [4, 12], 12)
     compact.train()(IMAGES)
+
+
+def test_two_threads_may_fuse_at_once():
+    def widths(_: int) -> list[int]:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), WithOtherNumbers(), nn.Flatten(), nn.Linear(512, 4))
+        slim = apbm_core.compact(apbm_core.fuse(model, keep=0.5, example_inputs=IMAGES))[1]
+        return [*slim.sizes, slim.enter[0].out_channels]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(widths, range(4)))
+    assert all(sum(sizes) == outputs < 12 for *sizes, outputs in found)
