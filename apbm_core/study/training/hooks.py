@@ -32,6 +32,7 @@ class Context:
     epoch: int = 0  # counted from 0
     step: int = 0  # steps of this epoch that are done; in on_loss .. after_step, the index of the one being taken
     history: list[dict[str, Any]] = field(default_factory=list)  # one row for each finished epoch
+    labels: Tensor | None = None  # of the batch that is being learnt from, shape (N,)
     course: tuple[float, float] = (0.0, 1.0)  # from where to where this training goes in the whole of a method's
 
     @property

@@ -230,7 +230,7 @@ class Training:
                 f"{self.split.num_classes} classes, so build it with num_classes={self.split.num_classes}."
             )
         cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        loss = cross_entropy
+        loss, context.labels = cross_entropy, labels
         for hook in self.hooks:
             loss = hook.on_loss(context, loss)
         if self.guard.saw_non_finite(loss, context.step):
