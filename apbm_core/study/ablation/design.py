@@ -45,7 +45,8 @@ BEDS: dict[str, dict[str, Any]] = {
 }
 """Where the variants are compared: parameters of a study, all of them with ``split = "tuning"``."""
 
-_ELSEWHERE = ("rate", "rival", "passing", "responses", "average")  # groups for networks without shortcuts, or costly
+# Groups for networks without shortcuts, or costly ones.
+_ELSEWHERE = ("rate", "rival", "passing", "responses", "helped", "average")
 PLAN: dict[str, tuple[str, ...]] = {
     "resnet20": (
         *(name for name in VARIANTS if VARIANTS[name].group not in _ELSEWHERE),

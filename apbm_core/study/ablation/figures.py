@@ -26,6 +26,7 @@ GROUP_COLOURS = {
     "rate": "#332288",
     "passing": "#882255",
     "responses": "#CC6677",
+    "helped": "#DDAA33",
     "average": "#117733",
     "rival": "#666666",
 }

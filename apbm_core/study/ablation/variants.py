@@ -182,6 +182,16 @@ _RESPONSES = tuple(
     )
 )
 
+# The unimportant filters in a wide pass of their own, beside filters that pass their input on.
+_HELPED = tuple(
+    Variant(name, "helped", label, options={"select": select, "passing": True}, method="helped")
+    for name, select, label in (
+        ("helped", "never", "passing, helped by a wide pass; no score"),
+        ("helped-selected", "relative-entropy", "passing, helped by a wide pass, the KL score selects"),
+        ("helped-random", "random", "passing, helped by a wide pass, as many selected by lot"),
+    )
+)
+
 _SIXTH = 1 / 6  # one epoch of the beds' six
 
 _ALL = (
@@ -250,6 +260,7 @@ _ALL = (
     Variant("passing-alone-balanced", "passing", "passing, balanced widths", _SLICE, _PASS, filters="balanced"),
     *_PASSING,
     *_RESPONSES,
+    *_HELPED,
     *_LOOKAHEAD,
     *_RATES,
     *_RIVALS,
@@ -318,6 +329,9 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
         "responses-passing-shuffled",
     ),
     ("an identity branch, without fusion", "branch-identity", "slice"),
+    ("a wide pass that helps, while passing the input on", "helped", "passing"),
+    ("choosing by relative entropy beside a wide pass", "helped-selected", "helped"),
+    ("choosing by relative entropy beside a wide pass, instead of by lot", "helped-selected", "helped-random"),
     ("averaged weights, from scratch", "scratch-lookahead", "scratch"),
     ("averaged weights, starting as identities", "dirac-lookahead", "dirac"),
     ("averaged weights, passing and fused", "passing-lookahead", "passing-fused"),
