@@ -15,12 +15,20 @@ _SAME_MACS = 0.1  # a share; widths that meet a target of parameters differ by l
 
 def in_accuracy(part: pd.DataFrame, means: pd.DataFrame) -> str:
     """Over several targets whom APBM is above and whom below, corrected; without such a verdict, who leads."""
-    decided = means[means["verdict"].isin([ABOVE, BELOW])] if len(means) else means
-    if len(decided) and means["points"].max() > 1:
-        sides = {word: ", ".join(decided[decided["verdict"] == word]["rival"]) for word in (ABOVE, BELOW)}
-        said = [f"{word} {names}" for word, names in sides.items() if names]
-        return f"over {means['points'].max()} targets APBM is {' and '.join(said)}"
-    return _leader(part[part["schedule"] != "equal-time"])
+    decided = means[means["verdict"].isin([ABOVE, BELOW]) & (means["points"] > 1)] if len(means) else means
+    if decided.empty:
+        return _leader(part[part["schedule"] != "equal-time"])
+    said = []
+    for points in sorted(decided["points"].unique(), reverse=True):
+        sides = {word: decided[(decided["points"] == points) & (decided["verdict"] == word)] for word in (ABOVE, BELOW)}
+        words = " and ".join(f"{word} {_names(rows['rival'])}" for word, rows in sides.items() if len(rows))
+        said.append(f"over {points}, {words}" if said else f"over {points} targets APBM is {words}")
+    return "; ".join(said)
+
+
+def _names(labels: pd.Series) -> str:
+    """A list of methods, in which a comma stands between two of them only."""
+    return ", ".join(name.replace(", ", " with ") for name in labels)
 
 
 def _leader(part: pd.DataFrame) -> str:

@@ -82,7 +82,8 @@ def over_targets(frame: pd.DataFrame, method: str = "apbm", schedule: str = "equ
     """``method``'s accuracy minus each rival's, averaged over the targets that both ran with the same seeds.
 
     A row a network, data set and rival; *points* is how many targets. It sees smaller differences than one target does,
-    and answers another question: which of the two is better on the whole. Corrected over a network's rows.
+    and answers another question: which of the two is better on the whole. Corrected over a network's rows. Of a study
+    under way, in which too few seeds have all targets, it takes the targets that enough of them share.
     """
     known, tables = noises(frame), []
     runs = frame[(frame["method"] != "dense") & (frame["schedule"] == schedule)]
@@ -94,7 +95,7 @@ def over_targets(frame: pd.DataFrame, method: str = "apbm", schedule: str = "equ
             if rival == method or both.empty:
                 continue
             both["pair"] = both["accuracy"] - both["accuracy of rival"]
-            by_seed = both.pivot(index="seed", columns="target", values="pair").dropna(axis="index")
+            by_seed = _shared_targets(both.pivot(index="seed", columns="target", values="pair"))
             if by_seed.empty:  # no seed has all targets
                 continue
             same = (both["network"] == both["network of rival"]).groupby(both["seed"]).any()
@@ -110,6 +111,20 @@ def over_targets(frame: pd.DataFrame, method: str = "apbm", schedule: str = "equ
             tables.append(table)
     columns = ["model", "dataset", "method", "rival", "points", "difference", "interval", "n", "p (Holm)", "verdict"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _shared_targets(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The seeds (rows) that have all targets (columns), of as many targets as leave enough seeds for a verdict.
+
+    Which targets are dropped depends on what has run, never on what came of it. If no two targets leave enough seeds,
+    it is the seeds that have all.
+    """
+    by_seeds = pairs.notna().sum().sort_values(ascending=False, kind="stable").index
+    for count in range(len(by_seeds), 1, -1):
+        whole = pairs[sorted(by_seeds[:count])].dropna(axis="index")
+        if len(whole) >= PAIRS_FOR_A_VERDICT:
+            return whole
+    return pairs.dropna(axis="index")
 
 
 def matrix(table: pd.DataFrame) -> pd.DataFrame:

@@ -93,8 +93,22 @@ def test_over_the_targets_an_interval_is_narrower_and_only_whole_seeds_count():
     each = one[one["rival"] == "HRank"]["difference"]
     assert whole.loc["HRank", "difference"] == pytest.approx(each.mean())
     assert whole.loc["HRank", "interval"] < 0.6 * one["interval"].mean()
-    missing = [r for r in records if (r.config.method, r.config.seed, r.config.target) != ("hrank", 1, 0.95)]
-    assert over_targets(runs_frame(missing)).set_index("rival").loc["HRank", "n"] == 2
+
+
+def test_of_a_study_under_way_the_mean_is_over_the_targets_that_enough_seeds_share():
+    def hrank(seeds, *missing):
+        records = grid(targets=(0.25, 0.4884, 0.7), seeds=seeds)
+        there = [r for r in records if (r.config.method, r.config.seed, r.config.target) not in missing]
+        frame = runs_frame(there)
+        each = against_rivals(frame).query("rival == 'HRank'").set_index("target")["difference"]
+        return over_targets(frame).set_index("rival").loc["HRank", ["points", "n", "difference"]], each
+
+    row, each = hrank(3, ("hrank", 1, 0.7))
+    assert (row["points"], row["n"]) == (2, 3) and row["difference"] == pytest.approx(each[[25.0, 48.84]].mean())
+    row, _ = hrank(4, ("hrank", 1, 0.7))  # three seeds have all
+    assert (row["points"], row["n"]) == (3, 3)
+    row, _ = hrank(3, ("hrank", 1, 0.7), ("hrank", 2, 0.25))  # no two targets have three seeds
+    assert (row["points"], row["n"]) == (3, 1)
 
 
 def test_the_matrix_names_each_rival_and_says_verdict_and_time():

@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from fake_records import fake_record
 from matplotlib.text import Text
@@ -10,7 +11,9 @@ from test_claims import LEVELS, grid
 
 from apbm_core.study.methods import label
 from apbm_core.study.report import curves
+from apbm_core.study.report.curve_titles import in_accuracy
 from apbm_core.study.report.frames import of_shared_seeds, points, runs_frame
+from apbm_core.study.report.statistics import ABOVE, BELOW
 from apbm_core.study.report.tradeoffs import _spread
 
 TARGETS = (0.25, 0.4884, 0.7, 0.85)
@@ -47,6 +50,15 @@ def test_the_title_says_whom_apbm_is_above_and_below():
     (axis,) = curves.accuracy_curves(grid(TARGETS)).axes
     title = axis.get_title(loc="left").replace("\n", " ")
     assert title == "ResNet56, CIFAR-10: over 4 targets APBM is above HRank, L1 and below Polarization"
+
+
+def test_a_title_counts_the_targets_of_each_rival_and_its_commas_part_methods():
+    means = pd.DataFrame(
+        [("HRank", 4, ABOVE), ("L1", 4, ABOVE), ("SWP", 4, "-"), (label("dirac"), 3, ABOVE), ("DCFF", 3, BELOW)],
+        columns=["rival", "points", "verdict"],
+    )
+    said = "over 4 targets APBM is above HRank, L1; over 3, above slim from scratch with identity start and below DCFF"
+    assert in_accuracy(pd.DataFrame(), means) == said
 
 
 def test_of_targets_that_all_have_the_title_names_the_papers():
