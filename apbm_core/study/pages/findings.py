@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +22,8 @@ from apbm_core.study.report.frames import (
     points,
     runs_frame,
 )
-from apbm_core.study.report.rivals import against_rivals
-from apbm_core.study.report.statistics import ABOVE, BELOW
+from apbm_core.study.report.rivals import against_rivals, over_targets
+from apbm_core.study.report.statistics import ABOVE, BELOW, PAIRS_FOR_A_VERDICT
 
 _RIVALS = ("hrank", "polarization", "swp")
 _A_CURVE = 3  # targets, at least
@@ -43,9 +43,11 @@ def sentences(
     """
     said, drawn = [], []
     if profile := curves(records):
-        duels = against_rivals(runs_frame(_judged(records[profile])))
+        frame = runs_frame(_judged(records[profile]))
+        duels, means = against_rivals(frame), over_targets(frame)
         for (model, dataset), table in curve_points(records[profile]):
-            said.append(_of_curve(of_bed(duels, model, dataset), table, model, dataset, profile))
+            of_both = of_bed(means, model, dataset), of_bed(duels, model, dataset)
+            said.append(_of_curve(*of_both, table, model, dataset, profile))
             drawn.append((model, dataset))
     if first := headline(records):
         table = points(runs_frame(records[first]))
@@ -109,35 +111,34 @@ def _form(records: Sequence[RunRecord], model: str) -> str:
     return " (fusion alone; its input was not passed on)" if usual and not any(o.get("passing") for o in ran) else ""
 
 
-def _of_curve(pairs: pd.DataFrame, table: pd.DataFrame, model: str, dataset: str, profile: str) -> str:
-    """APBM's differences to slim from scratch, the identity start and the paper's rivals along a curve, each with its
-    range and where it stands the correction; of ``pairs``, the bed's :func:`against_rivals`."""
+def _of_curve(
+    means: pd.DataFrame, pairs: pd.DataFrame, table: pd.DataFrame, model: str, dataset: str, profile: str
+) -> str:
+    """APBM's differences to slim from scratch, the identity start and the rivals along a curve: with an interval
+    and a verdict where seeds allow it, else with their range; of the bed's :func:`over_targets` and
+    :func:`against_rivals`."""
     rows = table[table["method"] == "apbm"]
     targets, epochs, said = rows["target"], rows["epochs"].iloc[0], []
-    ours = pairs[(pairs["method"] == "apbm") & pairs["target"].isin(targets)]
     for rival in ("scratch", "dirac", *_RIVALS):
-        each = ours[ours["rival"] == label(rival)]
-        if len(each):
-            low, high = each["n"].min(), each["n"].max()
-            seeds = f"{low}" if low == high else f"{low} to {high}"
-            facts = [f"{each['difference'].min():+.2f} to {each['difference'].max():+.2f}"]
-            facts += [] if len(each) == len(rows) else [f"at {len(each)} of them"]
-            facts += [f"{seeds} seed{'' if high == 1 else 's'}"]
-            for verdict in (ABOVE, BELOW):
-                there = each[each["verdict"] == verdict]["target"]
-                facts += [f"shown {verdict} at {_listed(f'{t:.4g}' for t in there)} %"] if len(there) else []
-            said.append(f"{label(rival)} {each['difference'].mean():+.2f} ({', '.join(facts)})")
+        for mean in means[means["rival"] == label(rival)].itertuples():
+            facts = [_counted(mean.points, "target"), _counted(mean.n, "seed")]
+            if mean.n >= PAIRS_FOR_A_VERDICT:
+                difference = f"{mean.difference:+.2f} ± {mean.interval:.2f}"
+                facts.append(mean.verdict)
+            else:
+                each = pairs[(pairs["method"] == "apbm") & (pairs["rival"] == label(rival))]["difference"]
+                difference = f"{mean.difference:+.2f}"
+                facts += [f"{each.min():+.2f} to {each.max():+.2f}"] if len(each) > 1 else []
+            said.append(f"{label(rival)} {difference} ({', '.join(facts)})")
     return (
-        f"<b>{label_model(model)} on {label_dataset(dataset)}, {len(targets)} targets from {targets.min():.4g} to "
-        f"{targets.max():.4g} % of its parameters removed</b> ({profile}, {epochs:.0f} epochs): by so many points APBM "
-        "is ahead, on average over the targets and from the least to the most, each the mean of pairs of one seed, of "
-        f"{'; '.join(said)}."
+        f"<b>{label_model(model)} on {label_dataset(dataset)}, {targets.min():.4g} to {targets.max():.4g} % of its "
+        f"parameters removed</b> ({profile}, {epochs:.0f} epochs): APBM is so many points ahead, on average over "
+        f"targets, of {'; '.join(said)}."
     )
 
 
-def _listed(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _of_network(table: pd.DataFrame, name: str, target: float, form: str) -> list[str]:

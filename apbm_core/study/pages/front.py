@@ -76,15 +76,15 @@ def _first_figure(records: Mapping[str, Sequence[RunRecord]], first: str) -> str
     """The curves, where there are any; else the methods' accuracies in the profile that was trained longest."""
     if profile := findings.curves(records):
         beds = findings.curve_points(records[profile])
-        return "".join(_figure(*drawings.curve(table, *bed)) for bed, table in beds)
+        return "".join(_figure(*drawings.curve(table, *bed), "drawn wide") for bed, table in beds)
     return _figure(*drawings.drawing(records[first]))
 
 
-def _figure(picture: str, words: str) -> str:
+def _figure(picture: str, words: str, kind: str = "drawn") -> str:
     if not picture:
         return ""
     caption = f"<figcaption>{html.escape(words)}.</figcaption>"
-    return f'<figure><div class="drawn">{picture}</div>{caption}</figure>'
+    return f'<figure><div class="{kind}">{picture}</div>{caption}</figure>'
 
 
 def _section(name: str, heading: str, content: str) -> str:

@@ -29,15 +29,20 @@
     for (let t = Math.ceil(low / by) * by; t <= high + 1e-9; t += by) out.push(+t.toFixed(6));
     return out;
   }
-  function frame(box, x, y, xWords, yWords) { // axes; returns the scales
+  // Of what is removed, equal factors of what is left are equal steps: else all of a curve stands at the right edge.
+  const LEFT = { of: (v) => -Math.log10(Math.max(1e-4, 1 - v / 100)), ticks: [0, 50, 75, 90, 95, 97, 99, 99.7] };
+  const LINEAR = { of: (v) => v };
+  function frame(box, x, y, xWords, yWords, scale = LINEAR) { // axes; returns the scales
     const w = Math.min(900, Math.max(330, box.clientWidth || 760)), h = Math.max(300, w / 2.1), m = { l: 58, r: 12, t: 12, b: 44 };
     box.setAttribute("viewBox", `0 0 ${w} ${h}`);
     box.replaceChildren();
     const pad = (r) => { const d = (r[1] - r[0]) * 0.06 || 1; return [r[0] - d, r[1] + d]; };
-    [x, y] = [pad(x), pad(y)];
-    const sx = (v) => m.l + ((v - x[0]) / (x[1] - x[0])) * (w - m.l - m.r), sy = (v) => h - m.b - ((v - y[0]) / (y[1] - y[0])) * (h - m.t - m.b);
+    const beside = scale.ticks && scale.ticks.filter((t) => t >= x[0] - 1e-9 && t <= x[1] + 1e-9);
+    const marks = beside && beside.length > 1 ? beside : ticks(...(scale.ticks ? x : pad(x)));
+    [x, y] = [pad(x.map(scale.of)), pad(y)];
+    const sx = (v) => m.l + ((scale.of(v) - x[0]) / (x[1] - x[0])) * (w - m.l - m.r), sy = (v) => h - m.b - ((v - y[0]) / (y[1] - y[0])) * (h - m.t - m.b);
     for (const t of ticks(...y)) box.append(svg("line", { x1: m.l, x2: w - m.r, y1: sy(t), y2: sy(t), class: "grid" }), svg("text", { x: m.l - 6, y: sy(t) + 4, "text-anchor": "end" }, t));
-    for (const t of ticks(...x)) box.append(svg("text", { x: sx(t), y: h - m.b + 18, "text-anchor": "middle" }, t));
+    for (const t of marks) box.append(svg("text", { x: sx(t), y: h - m.b + 18, "text-anchor": "middle" }, t));
     box.append(svg("line", { x1: m.l, x2: w - m.r, y1: h - m.b, y2: h - m.b, class: "axis" }),
       svg("text", { x: (w + m.l) / 2, y: h - 6, "text-anchor": "middle" }, xWords),
       svg("text", { x: 14, y: h / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${h / 2})` }, yWords));
@@ -69,7 +74,7 @@
       those = those.filter((run) => run.machine === $("machine").value);
     }
     if (!those.length) return box.replaceChildren(svg("text", { x: 20, y: 40 }, "No run matches these filters."));
-    const [sx, sy] = frame(box, range(those.map((r) => r[axis])), range(those.map((r) => r.accuracy)), AXES[axis], "accuracy (%)");
+    const [sx, sy] = frame(box, range(those.map((r) => r[axis])), range(those.map((r) => r.accuracy)), AXES[axis], "accuracy (%)", axis === "minutes" ? LINEAR : LEFT);
     for (const run of those) {
       const mark = svg("circle", { cx: sx(run[axis]), cy: sy(run.accuracy), r: 5.5, fill: run.colour, tabindex: 0, "data-id": run.key, role: "img", "aria-label": says(run), class: run.schedule === "equal" ? "" : "hollow", stroke: run.colour });
       listen(mark, run);
