@@ -33,6 +33,7 @@ from apbm_core.study.grid import parameters
 from apbm_core.study.grid.budget import STARTED
 from apbm_core.study.grid.grid import RECORDS_ONLY, Study
 from apbm_core.study.grid.profiles import lay_over, load_profile, parse_with_assignments, profile_names
+from apbm_core.study.grid.work import Work
 from apbm_core.study.pages import front
 from apbm_core.study.pages import index as index_pages
 from apbm_core.study.pages.execution import execute
@@ -178,13 +179,17 @@ def _calibrate(reproduction: Reproduction) -> None:
     if wanted.minutes is not None:  # it cannot be stopped and continued, and would take the minutes of the runs
         print("With minutes nothing is calibrated: leave them out for that, in a call of `calibrate`.", flush=True)
         return
+    study = Study(wanted, reproduction.folder, records_only=False)
     with exclusive(reproduction.folder):
-        found = Study(wanted, reproduction.folder, records_only=False).calibrate()
+        found = study.calibrate()
     seconds = time.perf_counter() - start
     if found is None:
         print("These runs are too short to be calibrated; their tables show the seconds that they took.")
     else:
         print(f"Calibrated on {found.machine}: {len(found.runs)} kinds of run known, {seconds:.0f} s.", flush=True)
+        work = Work(study)
+        if work.missing():
+            print(f'{work.plan()} To stop earlier and go on another time: PARAMS="minutes=20".', flush=True)
 
 
 def _list(root: Path) -> None:

@@ -19,10 +19,12 @@ def in_accuracy(part: pd.DataFrame, means: pd.DataFrame) -> str:
     if decided.empty:
         return _leader(part[part["schedule"] != "equal-time"])
     said = []
-    for points in sorted(decided["points"].unique(), reverse=True):
-        sides = {word: decided[(decided["points"] == points) & (decided["verdict"] == word)] for word in (ABOVE, BELOW)}
-        words = " and ".join(f"{word} {_names(rows['rival'])}" for word, rows in sides.items() if len(rows))
-        said.append(f"over {points}, {words}" if said else f"over {points} targets APBM is {words}")
+    for (points, seeds), rows in sorted(decided.groupby(["points", "n"]), key=lambda group: group[0], reverse=True):
+        sides = {word: rows[rows["verdict"] == word]["rival"] for word in (ABOVE, BELOW)}
+        words = " and ".join(f"{word} {_names(rivals)}" for word, rivals in sides.items() if len(rivals))
+        said.append(
+            f"over {points} x {seeds}, {words}" if said else f"over {points} targets x {seeds} seeds APBM is {words}"
+        )
     return "; ".join(said)
 
 

@@ -49,16 +49,22 @@ def test_a_panel_a_network_and_data_set_with_at_most_five_coloured_lines_all_nam
 def test_the_title_says_whom_apbm_is_above_and_below():
     (axis,) = curves.accuracy_curves(grid(TARGETS)).axes
     title = axis.get_title(loc="left").replace("\n", " ")
-    assert title == "ResNet56, CIFAR-10: over 4 targets APBM is above HRank, L1 and below Polarization"
+    assert title == "ResNet56, CIFAR-10: over 4 targets x 3 seeds APBM is above HRank, L1 and below Polarization"
 
 
 def test_a_title_counts_the_targets_of_each_rival_and_its_commas_part_methods():
     means = pd.DataFrame(
-        [("HRank", 4, ABOVE), ("L1", 4, ABOVE), ("SWP", 4, "-"), (label("dirac"), 3, ABOVE), ("DCFF", 3, BELOW)],
-        columns=["rival", "points", "verdict"],
+        [
+            ("HRank", 4, 3, ABOVE),
+            ("L1", 4, 3, ABOVE),
+            ("SWP", 4, 3, "-"),
+            (label("dirac"), 3, 5, ABOVE),
+            ("DCFF", 3, 5, BELOW),
+        ],
+        columns=["rival", "points", "n", "verdict"],
     )
-    said = "over 4 targets APBM is above HRank, L1; over 3, above slim from scratch with identity start and below DCFF"
-    assert in_accuracy(pd.DataFrame(), means) == said
+    said = "over 4 targets x 3 seeds APBM is above HRank, L1; over 3 x 5, above slim from scratch with identity start"
+    assert in_accuracy(pd.DataFrame(), means) == f"{said} and below DCFF"
 
 
 def test_of_targets_that_all_have_the_title_names_the_papers():
