@@ -184,11 +184,12 @@ _RESPONSES = tuple(
 
 # The unimportant filters in a wide pass of their own, beside filters that pass their input on.
 _HELPED = tuple(
-    Variant(name, "helped", label, options={"select": select, "passing": True}, method="helped")
-    for name, select, label in (
-        ("helped", "never", "passing, helped by a wide pass; no score"),
-        ("helped-selected", "relative-entropy", "passing, helped by a wide pass, the KL score selects"),
-        ("helped-random", "random", "passing, helped by a wide pass, as many selected by lot"),
+    Variant(name, "helped", label, options={"passing": True, **options}, method="helped")
+    for name, label, options in (
+        ("helped", "passing, helped by a wide pass; no score", {"select": "never"}),
+        ("helped-untaught", "the same, not taught by its answer", {"select": "never", "distill": 0.0}),
+        ("helped-selected", "passing, helped by a wide pass, the KL score selects", {"select": "relative-entropy"}),
+        ("helped-random", "passing, helped by a wide pass, as many selected by lot", {"select": "random"}),
     )
 )
 
@@ -330,6 +331,7 @@ INGREDIENTS: tuple[tuple[str, str, str], ...] = (
     ),
     ("an identity branch, without fusion", "branch-identity", "slice"),
     ("a wide pass that helps, while passing the input on", "helped", "passing"),
+    ("a wide pass that helps and does not teach, while passing", "helped-untaught", "passing"),
     ("choosing by relative entropy beside a wide pass", "helped-selected", "helped"),
     ("choosing by relative entropy beside a wide pass, instead of by lot", "helped-selected", "helped-random"),
     ("averaged weights, from scratch", "scratch-lookahead", "scratch"),
