@@ -187,7 +187,7 @@ _HELPED = tuple(
     Variant(name, "helped", label, options={"passing": True, **options}, method="helped")
     for name, label, options in (
         ("helped", "passing, helped by a wide pass; no score", {"select": "never"}),
-        ("helped-untaught", "the same, not taught by its answer", {"select": "never", "distill": 0.0}),
+        ("helped-untaught", "passing, helped by a wide pass that does not teach", {"select": "never", "distill": 0.0}),
         ("helped-selected", "passing, helped by a wide pass, the KL score selects", {"select": "relative-entropy"}),
         ("helped-random", "passing, helped by a wide pass, as many selected by lot", {"select": "random"}),
     )
