@@ -9,7 +9,7 @@ It holds one or more expressions, for as many numbers before it, in their order.
 ``run(...).accuracy - run(...).accuracy``. The value is compared at the precision that the text shows. Names:
 
 - ``run(profile, model, method, **config)``: the one record in ``results/<profile>/runs`` of this configuration (by
-  default the network's only target, seed 0, equal epochs and uniform widths), with ``accuracy``, ``drop`` (points below
+  default CIFAR-10, the network's only target, seed 0, equal epochs and uniform widths), with ``accuracy``, ``drop`` (points below
   dense), ``parameters_removed``, ``macs_removed``, ``minutes``, ``seconds``, ``epochs``, ``parameters``, ``macs``;
 - ``cell(path, column, **where)``: one cell of a table, ``results/<path>.csv``; ``largest(path, column)`` of its
   column, and ``sd(path, column)``, the spread of one of the two runs whose differences the column holds;
@@ -71,7 +71,8 @@ class Source:
 
     def run(self, profile: str, model: str, method: str, **config: Any) -> Run:
         """The record of this configuration. Raises ConfigError unless there is exactly one."""
-        wanted = {"seed": 0, "schedule": "equal", "widths": "uniform"} | config | {"model": model, "method": method}
+        usual = {"dataset": "cifar10", "seed": 0, "schedule": "equal", "widths": "uniform"}
+        wanted = usual | config | {"model": model, "method": method}
         records = _records(self.results / profile)
 
         def matching(**wanted: Any) -> list[RunRecord]:
@@ -80,7 +81,7 @@ class Source:
         found = matching(**wanted)
         if len(found) != 1:
             raise ConfigError(f"{len(found)} records of {profile} are of {wanted}; say more of the configuration.")
-        dense = matching(model=model, method="dense", seed=wanted["seed"])
+        dense = matching(model=model, method="dense", seed=wanted["seed"], dataset=wanted["dataset"])
         return Run(found[0], dense[0] if len(dense) == 1 else None)
 
     def cell(self, path: str, column: str, **where: Any) -> float:
