@@ -9,8 +9,9 @@ It holds one or more expressions, for as many numbers before it, in their order.
 ``run(...).accuracy - run(...).accuracy``. The value is compared at the precision that the text shows. Names:
 
 - ``run(profile, model, method, **config)``: the one record in ``results/<profile>/runs`` of this configuration (by
-  default CIFAR-10, the network's only target, seed 0, equal epochs and uniform widths), with ``accuracy``, ``drop`` (points below
-  dense), ``parameters_removed``, ``macs_removed``, ``minutes``, ``seconds``, ``epochs``, ``parameters``, ``macs``;
+  default CIFAR-10, the network's only target, seed 0, equal epochs and uniform widths), with ``accuracy``, ``drop``
+  (points below dense), ``parameters_removed``, ``macs_removed``, ``minutes``, ``seconds``, ``epochs``, ``parameters``,
+  ``macs``;
 - ``cell(path, column, **where)``: one cell of a table, ``results/<path>.csv``; ``largest(path, column)`` of its
   column, and ``sd(path, column)``, the spread of one of the two runs whose differences the column holds;
 - what the caller adds, such as the ablation's pairs of variants.
