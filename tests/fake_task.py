@@ -13,6 +13,23 @@ from apbm_core.study.records import ResultsFolder, RunConfig
 from apbm_core.study.training.recipes import get_recipe
 
 
+class Interrupted(Exception):
+    """What stops a run in the middle."""
+
+
+def interrupt(task: Task, report: int | None) -> Task:
+    """The same task, stopped at its so-manieth report of progress; None lets it run."""
+    reports = []
+
+    def progress(phase, context):
+        reports.append(phase)
+        if len(reports) == report:
+            raise Interrupted
+
+    task._progress = progress
+    return task
+
+
 def fake_task(
     folder: Path,
     method: str,

@@ -32,6 +32,7 @@ from apbm_core.passing import pass_inputs
 from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.chains import Followers, followers
 from apbm_core.study.networks.definition import Network
+from apbm_core.study.networks.models import dense_widths
 from apbm_core.study.training.hooks import Context, Hook
 
 LABEL = "APBM, helped by a wide pass"
@@ -246,11 +247,15 @@ def _with_momentum(tensor: Tensor, optimizer: torch.optim.Optimizer | None) -> l
 
 
 def prune(task: Task) -> nn.Module:
-    """Train the slim network, in the first half beside a wider one that shares its weights, and give it its own."""
-    options, dense = task.options, task.build()
+    """Train the slim network, in the first half beside a wider one that shares its weights, and give it its own.
+
+    Raises:
+        ConfigError: the target leaves no filters that could help.
+        UnsupportedNetwork: a convolution is not followed by its norm and one layer that reads it.
+    """
+    options, dense = task.options, dense_widths(task.model_name)
     wide_widths = {
-        name: min(dense.get_submodule(name).out_channels, math.ceil(options.width * m))
-        for name, m in task.widths.items()
+        name: min(n, math.ceil(options.width * m)) for (name, m), n in zip(task.widths.items(), dense, strict=True)
     }
     if wide_widths == dict(task.widths):
         raise ConfigError(

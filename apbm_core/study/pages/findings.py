@@ -45,10 +45,12 @@ def sentences(
     if profile := curves(records):
         frame = runs_frame(_judged(records[profile]))
         duels, means = against_rivals(frame), over_targets(frame)
-        for (model, dataset), table in curve_points(records[profile]):
-            of_both = of_bed(means, model, dataset), of_bed(duels, model, dataset)
-            said.append(_of_curve(*of_both, table, model, dataset, profile))
-            drawn.append((model, dataset))
+        with_a_curve = dict(curve_points(records[profile]))
+        for bed, table in points(of_shared_seeds(frame)).groupby(BED, sort=False):
+            of_both = of_bed(means, *bed), of_bed(duels, *bed)
+            if bed in with_a_curve or (of_both[0]["n"] >= PAIRS_FOR_A_VERDICT).any():
+                said.append(_of_curve(*of_both, with_a_curve.get(bed, table), *bed, profile))
+                drawn.append(bed)
     if first := headline(records):
         table = points(runs_frame(records[first]))
         asked = table[table["target"] > 0][["target", *BED]].drop_duplicates().sort_values("target", ascending=False)
@@ -130,10 +132,12 @@ def _of_curve(
                 difference = f"{mean.difference:+.2f}"
                 facts += [f"{each.min():+.2f} to {each.max():+.2f}"] if len(each) > 1 else []
             said.append(f"{label(rival)} {difference} ({', '.join(facts)})")
+    ends = list(dict.fromkeys(f"{target:.4g}" for target in (targets.min(), targets.max())))
+    average = ", on average over targets," if len(ends) > 1 else ""
     return (
-        f"<b>{label_model(model)} on {label_dataset(dataset)}, {targets.min():.4g} to {targets.max():.4g} % of its "
-        f"parameters removed</b> ({profile}, {epochs:.0f} epochs): APBM is so many points ahead, on average over "
-        f"targets, of {'; '.join(said)}."
+        f"<b>{label_model(model)} on {label_dataset(dataset)}, {' to '.join(ends)} % of its parameters removed</b> "
+        f"({profile}, {epochs:.0f} epochs): APBM is so many points ahead{average} of "
+        f"{'; '.join(said)}."
     )
 
 

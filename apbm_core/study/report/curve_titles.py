@@ -84,9 +84,10 @@ def in_time(part: pd.DataFrame) -> str:
         if all(accuracy is not None for _, accuracy in there):
             words = ", ".join(f"{label(method)} {accuracy:.1f} %" for method, accuracy in there)
             return f"at {target:.4g} % removed, in L1's time: {words}"
-    timed = part[part["timed alike"]]
+    timed = _at_the_shared_target(part[part["timed alike"]])
     if timed.empty:
         return "every mark is of runs timed under different conditions"
     slowest, fastest = (timed.loc[timed["training seconds"].agg(pick)] for pick in ("idxmax", "idxmin"))
     ratio = slowest["training seconds"] / fastest["training seconds"]
-    return f"{label(slowest['method'])} takes {ratio:.1f} times as long as {label(fastest['method'])}"
+    where = f"at {timed['target'].iloc[0]:.4g} % removed, "
+    return f"{where}{label(slowest['method'])} takes {ratio:.1f} times as long as {label(fastest['method'])}"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fake_task import fake_task
+from fake_task import Interrupted, fake_task, interrupt
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -185,23 +185,11 @@ def test_the_most_important_filters_are_the_first_from_the_second_epoch_of_the_h
     assert (churns[1] > 0.1) == (select != "never")
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_a_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path):
     options = helped.Options(passing=True)
 
     def run(folder, stop=None):
-        task = fake_task(folder, "helped", "vgg16", options, epochs=4, target=0.97)
-        calls = []
-
-        def progress(phase, context):
-            calls.append(phase)
-            if len(calls) == stop:
-                raise Interrupted
-
-        task._progress = progress
+        task = interrupt(fake_task(folder, "helped", "vgg16", options, epochs=4, target=0.97), stop)
         return helped.prune(task), task
 
     whole, task = run(tmp_path / "whole")

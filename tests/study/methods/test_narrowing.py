@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fake_task import fake_task
+from fake_task import Interrupted, fake_task, interrupt
 from torch import nn
 
 from apbm_core.counting import count_parameters
@@ -146,24 +146,12 @@ def test_the_most_important_filters_are_chosen_at_the_last_temperature():
     assert choose_filters(model, {name: 2}, FusionSettings()) == {name: [0, 1]}
 
 
-class Interrupted(Exception):
-    pass
-
-
 @pytest.mark.parametrize("widths", ["shared", "entropy", "marginal"])
 def test_a_narrowing_run_meets_its_target_and_resumes_as_if_undisturbed(tmp_path, widths):
     options = apbm.Options(passing=False, wide=0.5, stages=2, widths=widths)
 
     def run(folder, stop=None):
-        task = fake_task(folder, "apbm", "resnet20", options, epochs=4, target=0.5)
-        calls = []
-
-        def progress(phase, context):
-            calls.append(phase)
-            if len(calls) == stop:
-                raise Interrupted
-
-        task._progress = progress
+        task = interrupt(fake_task(folder, "apbm", "resnet20", options, epochs=4, target=0.5), stop)
         return apbm.prune(task), task
 
     whole, task = run(tmp_path / "whole")

@@ -164,6 +164,23 @@ def test_a_curve_is_said_of_all_pairs_of_a_seed_and_of_what_stands_the_correctio
     assert re.search(r"SWP \+\d+\.\d\d \(1 target, 1 seed\)", said)
 
 
+def test_a_second_data_set_with_one_target_is_said_once_it_has_seeds_for_a_verdict():
+    def said(seeds):
+        curve = [fake_record(m, 0.8, target=t, model="vgg16") for m in ("apbm", "scratch") for t in (0.5, 0.75, 0.9)]
+        other = [
+            fake_record(m, level + 0.001 * seed**2, seed, target=0.97, model="vgg16", dataset="cifar100")
+            for m, level in (("apbm", 0.42), ("scratch", 0.28))
+            for seed in range(seeds)
+        ]
+        return findings.sentences({"curves": curve + other}, pd.DataFrame())
+
+    assert "ahead of" not in said(2)[1]
+    found = said(3)[1]
+    assert (
+        "VGG16 on CIFAR-100, 97 % of its parameters removed" in found and "ahead of slim from scratch +14.00" in found
+    )
+
+
 def test_a_folder_without_records_has_a_page_all_the_same(tmp_path):
     assert "no record here yet" in front.write(tmp_path).read_text()
     assert findings.headline({}) == ""

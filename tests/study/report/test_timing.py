@@ -108,7 +108,7 @@ def test_figures_of_time_set_apart_what_was_timed_elsewhere(by_method):
     assert bars.get_xlabel() == "minutes a run (without 1, timed under other conditions)"
 
     marks = curves.accuracy_against_time(records).axes[0]
-    assert "L1 takes 2.0 times as long as HRank" in marks.get_title(loc="left").replace("\n", " ")
+    assert "removed, L1 takes 2.0 times as long as HRank" in marks.get_title(loc="left").replace("\n", " ")
     assert "faint: timed under other conditions" in marks.get_xlabel()
     faint = {line.lines[0].get_xdata()[0]: line.lines[0].get_alpha() for line in marks.containers}
     assert faint == {1: None, 2: None, 100: 0.35}

@@ -74,7 +74,8 @@
       those = those.filter((run) => run.machine === $("machine").value);
     }
     if (!those.length) return box.replaceChildren(svg("text", { x: 20, y: 40 }, "No run matches these filters."));
-    const [sx, sy] = frame(box, range(those.map((r) => r[axis])), range(those.map((r) => r.accuracy)), AXES[axis], "accuracy (%)", axis === "minutes" ? LINEAR : LEFT);
+    const sets = new Set(those.map((r) => r.data)).size, mixed = sets > 1 ? `, ${sets} kinds of data: choose one above` : "";
+    const [sx, sy] = frame(box, range(those.map((r) => r[axis])), range(those.map((r) => r.accuracy)), AXES[axis] + mixed, "accuracy (%)", axis === "minutes" ? LINEAR : LEFT);
     for (const run of those) {
       const mark = svg("circle", { cx: sx(run[axis]), cy: sy(run.accuracy), r: 5.5, fill: run.colour, tabindex: 0, "data-id": run.key, role: "img", "aria-label": says(run), class: run.schedule === "equal" ? "" : "hollow", stroke: run.colour });
       listen(mark, run);
