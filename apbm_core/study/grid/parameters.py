@@ -47,7 +47,7 @@ class StudyParameters(BaseModel):
         ge=0,
         le=100_000,
         description="a network that is trained already: so long a dense one was trained, once a seed, that all methods "
-        "start from but those that start slim (scratch, dirac, reparam); its time is told and not charged",
+        "start from but those that start slim (scratch, dirac, reparam, passing); its time is told and not charged",
     )
     start_recipe: dict[str, Any] = Field(
         default_factory=dict, description="what differs from the recipe in that training, such as {lr: 0.2}"

@@ -9,7 +9,7 @@ from apbm_core.counting import count_parameters
 from apbm_core.study.methods import get_method
 from apbm_core.study.networks.models import build_model
 
-CONTROLS = ["dirac", "reparam", "slice"]
+CONTROLS = ["dirac", "passing", "reparam", "slice"]
 
 
 def task_of(tmp_path, name, model="vgg16", epochs=1, **options):
@@ -53,6 +53,19 @@ def test_dirac_starts_as_the_identity(tmp_path, monkeypatch):
             expected = nn.init.dirac_(torch.empty_like(module.weight))
             assert torch.equal(module.weight[:both], expected[:both])
             assert torch.equal(module.weight[both:], scratch.get_submodule(name).weight[both:])
+
+
+def test_passing_is_apbm_without_its_fusion(tmp_path):
+    apbm = get_method("apbm")
+    settings = {"fuse": False, "score": "order", "reselect": False}
+    options = apbm.Options(settings=settings, passing=True, collapse=False)
+    without = apbm.prune(fake_task(tmp_path / "apbm", "apbm", "vgg16", options, 2, 0.9)).state_dict()
+    control = get_method("passing").prune(task_of(tmp_path / "passing", "passing", epochs=2)).state_dict()
+    assert without.keys() == control.keys()
+    for name, value in without.items():
+        torch.testing.assert_close(control[name], value, rtol=1e-4, atol=1e-6)
+    fused = apbm.prune(fake_task(tmp_path / "fused", "apbm", "vgg16", apbm.Options(passing=True), 2, 0.9)).state_dict()
+    assert not torch.allclose(fused["features.conv2.weight"], control["features.conv2.weight"], rtol=0.1)
 
 
 def test_reparam_starts_with_the_scratch_network_among_its_branches(tmp_path, monkeypatch):
