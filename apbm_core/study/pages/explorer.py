@@ -25,7 +25,7 @@ from apbm_core.study.networks.models import build_model
 from apbm_core.study.networks.storage import load_compact
 from apbm_core.study.pages.html_page import TEMPLATES
 from apbm_core.study.records import PUBLISHED_RESULTS, TRAINED, RunRecord, read_record
-from apbm_core.study.report.frames import label_model
+from apbm_core.study.report.frames import label_dataset, label_model
 from apbm_core.study.report.kernel import epochs_bar
 from apbm_core.study.training.loop import train
 from apbm_core.study.training.recipes import get_recipe
@@ -126,28 +126,37 @@ def network_to_explore(file: str | Path | None = None, results: Path | None = No
     return moments, f"{words}{accuracy:.0f} % right on the way."
 
 
-def example_network(study: Study, name: str) -> tuple[dict[str, nn.Module], str]:
-    """The dense network ``name`` as initialised and as trained, and a sentence that says whose training it was.
+def example_network(study: Study) -> tuple[str, dict[str, nn.Module], str]:
+    """A dense network as initialised and as trained: its name, the two by moment, and a sentence on its training.
 
-    Taken is one that this study has recorded and kept; else the published one of ``results/trained``; else one is
-    trained for one epoch of the study's ``method_images``.
+    Taken is one that this study has recorded and kept; else a published one of ``results/trained``, of the study's
+    networks if there is one; else the study's first network is trained for one epoch of its ``method_images``, and the
+    moment after it is called that, not trained.
     """
-    for folder in (study.results.path, (repository() or Path()) / PUBLISHED_RESULTS / TRAINED):
+    own, published = study.results.path, (repository() or Path()) / PUBLISHED_RESULTS / TRAINED
+    for folder, is_wanted in (
+        (own, study.parameters.models.__contains__),
+        (published, study.parameters.models.__contains__),
+        (published, lambda _name: True),
+    ):
         for path in sorted((folder / "runs").glob("*.json")):
             record = read_record(path)
-            if record.config.model == name and (moments := recorded_moments(record, folder)):
-                return moments, describe(record, folder.name)
-    split = study.example_split(study.parameters.method_images)
-    moments, accuracy = _train_shortly(name, split, 1, study.parameters.seeds[0], study.device)
+            if is_wanted(record.config.model) and (moments := recorded_moments(record, folder)):
+                return record.config.model, moments, describe(record, folder.name)
+    name, split = study.parameters.models[0], study.example_split(study.parameters.method_images)
+    networks, accuracy = _train_shortly(name, split, 1, study.parameters.seeds[0], study.device)
+    before, after = networks.items()
+    moments = dict([before, (f"after {len(split.train.labels):,} images", after[1])])
     words = f"No trained {label_model(name)} is kept here: this one saw {len(split.train.labels):,} images once, "
-    return moments, f"{words}{accuracy:.0f} % right on the way."
+    return name, moments, f"{words}{accuracy:.0f} % right on the way."
 
 
 def describe(record: RunRecord, folder: str = TRAINED) -> str:
     """A sentence on the network of a record that is kept in a folder of results."""
     return (
-        f"{label_model(record.config.model)}, {100 * record.test_accuracy:.2f} % right on the test images after "
-        f"{record.config.epochs} epochs (record {folder}/runs/{record.id}.json)."
+        f"{label_model(record.config.model)}, {100 * record.test_accuracy:.2f} % right on the test images of "
+        f"{label_dataset(record.config.dataset)} after {record.config.epochs} epochs "
+        f"(record {folder}/runs/{record.id}.json)."
     )
 
 

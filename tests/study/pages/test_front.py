@@ -217,20 +217,29 @@ def test_the_initial_network_is_the_one_that_the_run_started_from(tmp_path):
     moments = explorer.recorded_moments(record, tmp_path)
     for before, after in zip(moments["at initialisation"].parameters(), moments["trained"].parameters(), strict=True):
         assert torch.allclose(before, after, rtol=1e-6, atol=1e-20)
-    mine, words = explorer.example_network(study, "resnet20")
+    name, mine, words = explorer.example_network(study)
+    assert name == "resnet20"
     assert all(map(torch.equal, mine["trained"].parameters(), moments["trained"].parameters()))
     assert record.id in words
     (tmp_path / "networks" / record.network).unlink()
     assert explorer.recorded_moments(record, tmp_path) is None
-    published, words = explorer.example_network(study, "resnet20")
+    _, published, words = explorer.example_network(study)
     assert published["trained"].state_dict().keys() == mine["trained"].state_dict().keys()
     assert "trained/runs/resnet20-dense" in words, "where the study kept none, the published one is shown"
+
+
+def test_a_study_without_a_trained_network_shows_the_published_one_of_another(tmp_path):
+    study = Study.of(tmp_path, dataset="digits", models=["vgg16"], targets={"vgg16": [0.9]}, device="cpu")
+    name, moments, words = explorer.example_network(study)
+    assert name == "resnet20" and list(moments) == ["at initialisation", "trained"]
+    assert words.startswith("ResNet20, ") and "of CIFAR-10 after" in words
 
 
 def test_where_no_trained_network_is_kept_one_is_trained_for_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(explorer, "repository", lambda: tmp_path)
     study = Study.of(tmp_path / "own", dataset="digits", models=["resnet20"], method_images=128, device="cpu")
-    moments, words = explorer.example_network(study, "resnet20")
+    name, moments, words = explorer.example_network(study)
+    assert name == "resnet20" and list(moments) == ["at initialisation", "after 128 images"]
     assert words.startswith("No trained ResNet20 is kept here: this one saw 128 images once")
     before, after = (dict(network.named_parameters()) for network in moments.values())
     assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
