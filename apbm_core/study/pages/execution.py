@@ -52,6 +52,7 @@ def execute(reproduction: Reproduction, source: Source, warned: set[str]) -> flo
     try:
         shutil.rmtree(aside.parent, ignore_errors=True)
         aside.parent.mkdir(parents=True)
+        began = aside.parent.stat().st_mtime_ns  # by the clock that stamps the figures
         papermill.execute_notebook(
             _literal(source.path),
             _literal(aside),
@@ -85,10 +86,21 @@ def execute(reproduction: Reproduction, source: Source, warned: set[str]) -> flo
         if line not in warned:  # several notebooks have the same to say of the data
             warned.add(line)
             print(f"{source.name}: {line}", flush=True)
+    if left := _left_over(reproduction.folder, source, began):
+        them = "it if it is" if len(left) == 1 else "them if they are"
+        print(f"{source.name} did not write {', '.join(left)} this time: remove {them} not yours.", flush=True)
     failed.unlink(missing_ok=True)
     if failed.parent.is_dir() and not any(failed.parent.iterdir()):
         failed.parent.rmdir()
     return time.perf_counter() - start
+
+
+def _left_over(folder: Path, source: Source, began: int) -> list[str]:
+    """The figures and tables of the notebook's number that are older than its execution: a source that changed made
+    them, or a reader did, so they are named and stay."""
+    number = source.name[:2]
+    files = (path for kind in ("figures", "tables") for path in sorted((folder / kind).glob(f"{number}_*")))
+    return [path.relative_to(folder).as_posix() for path in files if path.stat().st_mtime_ns < began]
 
 
 def _literal(path: Path) -> str:

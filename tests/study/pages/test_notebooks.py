@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apbm_core.errors import ApbmError, ConfigError
@@ -169,6 +170,24 @@ def test_what_two_notebooks_warn_of_is_repeated_once(root, capsys):
     said = capsys.readouterr().out
     assert said.count("cifar10 is not here") == said.count("01_noisy: cifar10 is not here\n") == 1
     assert "an ordinary line" not in said
+
+
+def test_what_a_notebook_does_not_write_any_more_is_named_and_stays(root, capsys):
+    write = "from PIL import Image; Image.new('L', (2, 2)).save(f'{results}/tiny/figures/02_curve.png')"
+    write_notebook(root, "02_fragile", write)
+    figures = root / "results/own/tiny/figures"
+    figures.mkdir(parents=True)
+    for name in ("02_curve.png", "02_before.png", "01_other.png"):
+        Image.new("L", (3, 3)).save(figures / name)
+    arguments = ["run", "--profile", "tiny", "--only", "02_fragile"]
+    assert runner.main(arguments, root) == 0
+    words = "02_fragile did not write figures/02_before.png this time: remove it if it is not yours."
+    assert words in capsys.readouterr().out.splitlines()
+    with Image.open(figures / "02_before.png") as before:
+        assert before.size == (3, 3)
+    (figures / "02_before.png").unlink()
+    assert runner.main(arguments, root) == 0
+    assert "did not write" not in capsys.readouterr().out
 
 
 def test_a_failed_notebook_stands_aside_and_the_good_one_stays(root, capsys):
