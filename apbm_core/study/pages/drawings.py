@@ -12,28 +12,33 @@ from apbm_core.study.report.frames import beds, label_dataset, label_model, of_b
 from apbm_core.study.report.style import colour
 
 _WIDTH = 430
-_CURVE_WIDTH = 540  # its lines' names stand beside it
+_CURVE_WIDTH, _PLOT = 540, 306  # the lines' names stand beside the plot
+_NARROW_WIDTH, _NARROW_PLOT = 360, 352  # and, where a phone would make them too small, below it
 _STEPS, _MOST_LINES = (1, 2, 5, 10, 20), 6  # points of accuracy between two lines of the grid, and how many there are
 _CURVES_IN_COLOUR = ("apbm", "scratch", "hrank", "polarization", "swp")
 
 
-def curve(table: pd.DataFrame, model: str, dataset: str) -> tuple[str, str]:
+def curve(table: pd.DataFrame, model: str, dataset: str, narrow: bool = False) -> tuple[str, str]:
     """Accuracy against the parameters removed, a line a method, the dense network dashed; and its caption.
 
     Args:
         table: a bed of :func:`apbm_core.study.pages.findings.curve_points`.
+        narrow: for a phone: the lines' names stand below the plot, the highest end first.
     """
+    edge = _NARROW_PLOT if narrow else _PLOT
     dense = table[table["method"] == "dense"]["accuracy"]
     pruned = table[(table["target"] > 0) & (table["method"] != "dense")]
     bottom, top = 250, 34
     low, high = pruned["accuracy"].min(), max(pruned["accuracy"].max(), *dense)
-    height, across = _scale(low, high, bottom, top), _scale(*_left(pruned["target"].agg(["min", "max"])), 34, 300)
+    height, across = _scale(low, high, bottom, top), _scale(*_left(pruned["target"].agg(["min", "max"])), 34, edge - 6)
     heading = f"{label_model(model)}, {label_dataset(dataset)}: test accuracy (%) against parameters removed (%)"
+    if narrow:
+        heading = "Test accuracy (%) against parameters removed (%)"
     parts = [f'<text x="2" y="16" font-weight="600">{heading}</text>']
     step = next((step for step in _STEPS if (high - low) / step <= _MOST_LINES), _STEPS[-1])
     for value in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
         y = height(value)
-        parts.append(f'<path d="M30 {y:.1f}H306" class="grid"/><text x="2" y="{y + 4:.1f}">{value}</text>')
+        parts.append(f'<path d="M30 {y:.1f}H{edge}" class="grid"/><text x="2" y="{y + 4:.1f}">{value}</text>')
     for target in sorted(pruned["target"].unique()):
         x = across(_left(target))
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{target:.4g}</text>')
@@ -49,17 +54,22 @@ def curve(table: pd.DataFrame, model: str, dataset: str) -> tuple[str, str]:
         width = 2.6 if method == "apbm" else 1.6 if leads else 0.8
         parts.append(f'<polyline points="{course}" fill="none" stroke="{ink}" stroke-width="{width}"{dashes}/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 1}" fill="{ink}"/>' for x, y in places]
-        ends.append((places[-1], method, ink))
+        ends.append((places[-1], method, ink, dashes))
     if len(dense):
         y = height(dense.iloc[0])
-        parts.append(f'<path d="M30 {y:.1f}H306" class="axis" stroke-dasharray="4 3"/>')
-        ends.append(((306.0, y), "dense", "var(--faint)"))
+        dashes = ' stroke-dasharray="4 3"'
+        parts.append(f'<path d="M30 {y:.1f}H{edge}" class="axis"{dashes}/>')
+        ends.append(((float(edge), y), "dense", "var(--faint)", dashes))
     ends.sort(key=lambda end: end[0][1])
-    for ((x, y), method, ink), place in zip(ends, _apart([y for (_, y), *_ in ends], 15), strict=True):
+    places = [bottom + 42 + 19 * row for row in range(len(ends))] if narrow else _apart([y for (_, y), *_ in ends], 15)
+    for ((x, y), method, ink, dashes), place in zip(ends, places, strict=True):
         bold = ' font-weight="600"' if method == "apbm" else ""
+        start, end = (f"30 {place}", f"64 {place}") if narrow else (f"{x + 4:.1f} {y:.1f}", f"314 {place:.1f}")
+        width = (2.6 if method == "apbm" else 1.6) if narrow else 0.6
         parts.append(
-            f'<path d="M{x + 4:.1f} {y:.1f}L314 {place:.1f}" stroke="{ink}" stroke-width=".6"/>'
-            f'<text x="317" y="{place + 4:.1f}" fill="{ink}"{bold}>{html.escape(label(method))}</text>'
+            f'<path d="M{start}L{end}" stroke="{ink}" stroke-width="{width}"{dashes if narrow else ""}/>'
+            f'<text x="{72 if narrow else 317}" y="{place + 4:.1f}" fill="{ink}"{bold}>'
+            f"{html.escape(label(method))}</text>"
         )
     targets = sorted(pruned["target"].unique())
     mean = pruned.pivot_table(index="target", columns="method", values="accuracy", observed=True).dropna(axis=1).mean()
@@ -69,7 +79,9 @@ def curve(table: pd.DataFrame, model: str, dataset: str) -> tuple[str, str]:
         f"{mean.max():.2f} %"
     )
     words += "" if mean.idxmax() == "apbm" else f", APBM has {mean['apbm']:.2f} %"
-    return _svg(_CURVE_WIDTH, bottom + 26, parts, words), words
+    if narrow:
+        return _svg(_NARROW_WIDTH, places[-1] + 12, parts, words), words
+    return _svg(_CURVE_WIDTH, max(bottom + 26, places[-1] + 8), parts, words), words
 
 
 def _left(removed):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from scipy import stats
 
 from apbm_core.errors import RecordError
@@ -76,15 +77,22 @@ def _first_figure(records: Mapping[str, Sequence[RunRecord]], first: str) -> str
     """The curves, where there are any; else the methods' accuracies in the profile that was trained longest."""
     if profile := findings.curves(records):
         beds = findings.curve_points(records[profile])
-        return "".join(_figure(*drawings.curve(table, *bed), "drawn wide") for bed, table in beds)
+        return "".join(_curve(table, bed) for bed, table in beds)
     return _figure(*drawings.drawing(records[first]))
 
 
-def _figure(picture: str, words: str, kind: str = "drawn") -> str:
+def _curve(table: pd.DataFrame, bed: tuple[str, str]) -> str:
+    """A curve with its names beside it and one with them below: the page shows the one that it has room for."""
+    beside, words = drawings.curve(table, *bed)
+    below, _ = drawings.curve(table, *bed, narrow=True)
+    both = f'<div class="drawn wide">{beside}</div><div class="drawn narrow">{below}</div>'
+    return f"<figure>{both}<figcaption>{html.escape(words)}.</figcaption></figure>"
+
+
+def _figure(picture: str, words: str) -> str:
     if not picture:
         return ""
-    caption = f"<figcaption>{html.escape(words)}.</figcaption>"
-    return f'<figure><div class="{kind}">{picture}</div>{caption}</figure>'
+    return f'<figure><div class="drawn">{picture}</div><figcaption>{html.escape(words)}.</figcaption></figure>'
 
 
 def _section(name: str, heading: str, content: str) -> str:

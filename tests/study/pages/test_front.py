@@ -114,7 +114,8 @@ def test_what_is_said_of_passing_follows_the_verdicts(verdicts, words):
     assert words in said and "+2.50 ± 1.00" in said and "-0.12 ± 0.50" in said and "4 seeds" in said
 
 
-def test_a_curve_is_said_and_drawn_with_the_records_numbers():
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_curve_is_said_and_drawn_with_the_records_numbers(narrow):
     levels = {
         "dense": (0.9, 0.9, 0.9),
         "apbm": (0.88, 0.85, 0.8),
@@ -134,7 +135,7 @@ def test_a_curve_is_said_and_drawn_with_the_records_numbers():
     assert "slim from scratch +1.67 (3 targets, 1 seed, +0.00 to +4.00)" in said
     assert "SWP +1.33 (3 targets, 1 seed, -1.00 to +5.00)." in said
     ((bed, table),) = findings.curve_points(runs)
-    picture, words = drawings.curve(table, *bed)
+    picture, words = drawings.curve(table, *bed, narrow)
     tree = ElementTree.fromstring(picture)
     lines = [[float(p.split(",")[1]) for p in e.get("points").split()] for e in tree.iter() if "points" in e.attrib]
     assert len(lines) == 3 and all(len(line) == 3 for line in lines)
