@@ -22,6 +22,7 @@ from apbm_core.study.report.statistics import (
     INCONCLUSIVE,
     NO_NOISE,
     PAIRS_FOR_A_VERDICT,
+    BedNoise,
     Comparison,
     Noise,
     judge,
@@ -92,15 +93,15 @@ def _accuracy(setting: str, near: pd.DataFrame) -> list[dict]:
     """APBM against the paper's rivals, and against the controls, corrected together."""
     claims = {rival: f"better accuracy than {label(rival)}" for rival in CLAIMED_RIVALS}
     claims |= {rival: f"{words} ({label(rival)})" for rival, words in CONTROLS.items()}
-    noise = next(iter(noises(near).values()), NO_NOISE)
+    noise = next(iter(noises(near).values()), BedNoise(NO_NOISE))
     found = {rival: paired(_both(near, rival)) for rival in claims}
-    judged = judge(list(found.values()), noise)
+    judged = judge(list(found.values()), [noise.between("apbm", rival) for rival in found])
     rows = []
     for (rival, comparison), row in zip(found.items(), judged.to_dict("records"), strict=True):
         measured = f"{comparison.mean:+.2f}" + ("" if math.isnan(row["interval"]) else f" ± {row['interval']:.2f}")
         rows.append(
             {"claim": claims[rival], "setting": setting}
-            | _said(row, comparison, f"{measured} points", noise, len(found), sign=+1)
+            | _said(row, comparison, f"{measured} points", noise.between("apbm", rival), len(found), sign=+1)
         )
     return rows
 

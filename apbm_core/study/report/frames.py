@@ -12,7 +12,7 @@ from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import ordered
 from apbm_core.study.networks.models import network_label
 from apbm_core.study.records import PhaseRecord, RunRecord, read_record
-from apbm_core.study.report.statistics import NO_NOISE, Noise, pooled_noise
+from apbm_core.study.report.statistics import NO_NOISE, BedNoise, bed_noise
 
 BED = ["model", "dataset"]  # what one panel of a figure is about
 POINT = [*BED, "method", "schedule", "target"]  # what one mark in a plot stands for
@@ -116,17 +116,18 @@ def timed_alike(records: Sequence[RunRecord], calibration: Calibration | None = 
 _ENOUGH = 8  # degrees of freedom: with fewer at a target, all targets of the network are pooled
 
 
-def noises(frame: pd.DataFrame) -> dict[tuple[str, str, float], Noise]:
-    """How much one run's accuracy spreads, by (network, data set, target): the residual of method x seed.
+def noises(frame: pd.DataFrame) -> dict[tuple[str, str, float], BedNoise]:
+    """How much one run's accuracy spreads, by (network, data set, target): the residual of method x seed, and by
+    itself that of a method that spreads far more than the others.
 
     Where a target has too few repetitions, and for the dense network, that of all the network's targets together.
     """
     found = {}
     for (model, dataset), runs in frame.groupby(BED, sort=False):
-        overall = pooled_noise(runs, ["method", "schedule", "target"], network="network")
+        overall = bed_noise(runs, ["method", "schedule", "target"], network="network")
         for target, there in runs.groupby("target"):
-            own = pooled_noise(there, ["method", "schedule"], network="network")
-            found[model, dataset, target] = own if own.df >= _ENOUGH else overall
+            own = bed_noise(there, ["method", "schedule"], network="network")
+            found[model, dataset, target] = own if own.common.df >= _ENOUGH else overall
     return found
 
 
@@ -139,7 +140,8 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
     known, rows = noises(frame), []
     for key, group in frame.groupby(POINT, observed=True, sort=False):
         names = dict(zip(POINT, key, strict=True))
-        noise = known.get((names["model"], names["dataset"], names["target"]), NO_NOISE)
+        of_bed = known.get((names["model"], names["dataset"], names["target"]), BedNoise(NO_NOISE))
+        noise = of_bed.of(names["method"])
         rows.append(
             names
             | {"accuracy": group["accuracy"].mean(), "interval": noise.half_width_of_mean(len(group))}

@@ -9,7 +9,6 @@ from apbm_core.study.report.statistics import (
     BELOW,
     PAIRS_FOR_A_VERDICT,
     Comparison,
-    Noise,
     design_sees,
     judge,
     mean_noise,
@@ -47,7 +46,8 @@ def against_rivals(frame: pd.DataFrame, method: str = "apbm") -> pd.DataFrame:
                         found.append(_pair(same[same["method"] == own], beside[beside["method"] == rival]))
             found = [pair for pair in found if pair is not None]
             if found:
-                judged = judge([comparison for comparison, _ in found], known[key]).rename(columns={"pairs": "n"})
+                spreads = [known[key].between(facts["method"], facts.pop("name")) for _, facts in found]
+                judged = judge([comparison for comparison, _ in found], spreads).rename(columns={"pairs": "n"})
                 bed = pd.DataFrame([dict(zip(_BED, key, strict=True)) | facts for _, facts in found])
                 tables.append(pd.concat([bed, judged], axis=1))
     columns = [*_BED, "schedule", "method", "rival", "rival's schedule", "difference", "interval", "n", "p (Holm)"]
@@ -64,6 +64,7 @@ def _pair(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Comparison, dict] |
     facts = {
         "schedule": both["schedule"].iloc[0],
         "method": both["method"].iloc[0],
+        "name": both["method of rival"].iloc[0],
         "rival": label(both["method of rival"].iloc[0]),
         "rival's schedule": both["schedule of rival"].iloc[0],
         "time ratio": (timed["training seconds"] / timed["training seconds of rival"]).mean(),
@@ -101,7 +102,9 @@ def over_targets(frame: pd.DataFrame, method: str = "apbm", schedule: str = "equ
             same = (both["network"] == both["network of rival"]).groupby(both["seed"]).any()
             names.append((rival, by_seed.shape[1]))
             found.append(Comparison(tuple(by_seed.mean(axis="columns")), int(same[by_seed.index].sum())))
-            spreads.append(mean_noise([known[model, dataset, target] for target in by_seed.columns]))
+            spreads.append(
+                mean_noise([known[model, dataset, target].between(method, rival) for target in by_seed.columns])
+            )
         if found:
             judged = judge(found, spreads).rename(columns={"pairs": "n"})
             rows = [{"model": model, "dataset": dataset, "method": method} for _ in names]
@@ -161,8 +164,11 @@ def cell_style(cell: str) -> str:
 
 def power_notes(frame: pd.DataFrame, table: pd.DataFrame) -> list[tuple[tuple[str, str, float], str]]:
     """For each network, data set and target of :func:`against_rivals`' rows: what difference the design can see."""
-    known: dict[tuple, Noise] = noises(frame)
-    equal = table[table["schedule"] == "equal"]
-    return [
-        (key, design_sees(known[key], int(rows["n"].max()), len(rows))) for key, rows in equal.groupby(_BED, sort=False)
-    ]
+    known, equal, notes = noises(frame), table[table["schedule"] == "equal"], []
+    for key, rows in equal.groupby(_BED, sort=False):
+        words = design_sees(known[key].common, int(rows["n"].max()), len(rows))
+        if own := known[key].own:
+            named = ", ".join(f"{label(name)} by sd {noise.sd:.2f} ({noise.df})" for name, noise in own.items())
+            words += f" Far more than the others, and judged by itself, spreads {named}."
+        notes.append((key, words))
+    return notes

@@ -11,13 +11,17 @@ two methods over n common seeds then has the standard error sd * sqrt(2 / n), St
 freedom (Montgomery, *Design and Analysis of Experiments*, chapter 4). What a method and a seed do *together* is in the
 noise, as it should be. Pairs that share most of their course are less noisy than that, so their interval is too wide.
 
+A method that spreads far more than the others would make every interval too wide and its own too narrow. As with
+Cochran's test for outlying variances (1941; ISO 5725-2 calls outlying what passes at 1 %, as here) such methods are
+told apart, one after the other, and each is judged by its own spread (:class:`BedNoise`).
+
 Where a table makes many comparisons, Holm's step-down procedure (1979) keeps the chance of one or more false verdicts
 below 5 %, whatever they have in common. Intervals stay those of one comparison: 95 % each.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -25,6 +29,7 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
+_OUTLYING = 0.01
 PAIRS_FOR_A_VERDICT = 3  # methods.md 6
 ABOVE, BELOW, INCONCLUSIVE = "above", "below", "inconclusive"
 
@@ -91,20 +96,103 @@ def pooled_noise(
         network: a column that identifies the trained network, such as its digest. Runs of different cells that ended
             as one network (a setting that changed nothing) are one observation, not several.
     """
-    cells = [cell] if isinstance(cell, str) else list(cell)
-    if network:
-        rows = rows.drop_duplicates([block, network])
-    rows = rows.dropna(subset=[value])
-    rows = rows[rows.groupby(cells, observed=True)[value].transform("size") > 1]  # one run says nothing of the noise
-    if rows.empty:
-        return NO_NOISE
-    names = rows.groupby(cells, observed=True).ngroup()
-    design = np.hstack([pd.get_dummies(names).to_numpy(float), pd.get_dummies(rows[block]).to_numpy(float)])
-    y = rows[value].to_numpy(float)
-    effects, _, rank, _ = np.linalg.lstsq(design, y - y.mean(), rcond=None)
-    df = len(y) - int(rank)
-    residual = y - y.mean() - design @ effects
-    return Noise(math.sqrt(residual @ residual / df), df) if df else NO_NOISE
+    return _Fit(rows, cell, block, value, network).noise
+
+
+class _Fit:
+    """Least squares with an effect for each cell and each block; the arguments are :func:`pooled_noise`'s.
+
+    Attributes:
+        rows: those that say something of the noise, one a network of a block.
+        residual: of each of these rows.
+        blocks: the effect of each block, by its name.
+        noise: the residual's standard deviation.
+    """
+
+    def __init__(self, rows: pd.DataFrame, cell: str | Sequence[str], block: str, value: str, network: str):
+        self.cells = [cell] if isinstance(cell, str) else list(cell)
+        if network:
+            rows = rows.drop_duplicates([block, network])
+        rows = rows.dropna(subset=[value])
+        repeated = rows.groupby(self.cells, observed=True)[value].transform("size") > 1
+        self.rows = rows = rows[repeated]  # one run says nothing of the noise
+        self.residual, self.blocks, self.noise = pd.Series(dtype=float), pd.Series(dtype=float), NO_NOISE
+        if rows.empty:
+            return
+        names, blocks = rows.groupby(self.cells, observed=True).ngroup(), pd.get_dummies(rows[block])
+        design = np.hstack([pd.get_dummies(names).to_numpy(float), blocks.to_numpy(float)])
+        y = rows[value].to_numpy(float)
+        effects, _, rank, _ = np.linalg.lstsq(design, y - y.mean(), rcond=None)
+        df, residual = len(y) - int(rank), y - y.mean() - design @ effects
+        self.residual = pd.Series(residual, index=rows.index)
+        self.blocks = pd.Series(effects[-blocks.shape[1] :], index=blocks.columns)
+        self.noise = Noise(math.sqrt(residual @ residual / df), df) if df else NO_NOISE
+
+    def spreads(self, method: str) -> dict[str, Noise]:
+        """The residual's spread of each value of the column ``method``, about the means of its cells."""
+        found = {}
+        for name, residual in self.residual.groupby(self.rows[method], observed=True):
+            df = len(residual) - self.rows.loc[residual.index].groupby(self.cells, observed=True).ngroups
+            found[name] = Noise(math.sqrt((residual**2).sum() / df), df)
+        return found
+
+
+@dataclass(frozen=True)
+class BedNoise:
+    """The noise of a bed's methods: the pooled one of most, and the own one of each that spreads far more."""
+
+    common: Noise
+    own: Mapping[str, Noise] = field(default_factory=dict)
+
+    def of(self, method: str) -> Noise:
+        return self.own.get(method, self.common)
+
+    def between(self, method: str, other: str) -> Noise:
+        """For a difference of the two: the mean of their variances, with Satterthwaite's degrees of freedom."""
+        if method not in self.own and other not in self.own:
+            return self.common
+        mean = mean_noise([self.of(method), self.of(other)])
+        return Noise(mean.sd * math.sqrt(2), mean.df)
+
+
+def bed_noise(
+    rows: pd.DataFrame,
+    cell: str | Sequence[str],
+    method: str = "method",
+    block: str = "seed",
+    value: str = "accuracy",
+    network: str = "",
+) -> BedNoise:
+    """The pooled noise without the methods whose variance is an outlier, and of each of these its own.
+
+    Again and again the method of the largest residual variance leaves, as long as an F test against all that are left,
+    corrected for their number, has p < 0.01 and at least three stay. Its own noise is its spread beside the seeds'
+    effects on those that stayed.
+
+    Args:
+        method: the column of what may spread in a way of its own; the others are :func:`pooled_noise`'s.
+    """
+    outlying: list[str] = []
+    while True:
+        is_common = ~rows[method].isin(outlying)
+        fit = _Fit(rows[is_common], cell, block, value, network)
+        spreads = fit.spreads(method)
+        if len(spreads) < 4:
+            break
+        widest = max(spreads, key=lambda name: spreads[name].sd)
+        rest = [noise for name, noise in spreads.items() if name != widest]
+        df = sum(noise.df for noise in rest)
+        variance = sum(noise.sd**2 * noise.df for noise in rest) / df
+        if variance == 0:
+            break
+        p = stats.f.sf(spreads[widest].sd ** 2 / variance, spreads[widest].df, df)
+        if p * len(spreads) >= _OUTLYING:
+            break
+        outlying.append(widest)
+    beside = rows[value] - rows[block].map(fit.blocks).fillna(fit.blocks.mean()).astype(float)
+    alone = rows[~is_common].assign(**{value: beside, block: 0})
+    own = {name: pooled_noise(part, cell, block, value) for name, part in alone.groupby(method, observed=True)}
+    return BedNoise(fit.noise, own)
 
 
 def mean_noise(noises: Sequence[Noise]) -> Noise:

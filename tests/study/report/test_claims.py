@@ -74,7 +74,7 @@ def test_a_comparison_is_of_the_same_seeds_with_the_targets_pooled_noise():
     residual = wide.sub(wide.mean(axis=1), axis=0).sub(wide.mean() - wide.to_numpy().mean(), axis=1)
     df = (len(wide) - 1) * 2
     sd = math.sqrt((residual**2).to_numpy().sum() / df)
-    assert noises(frame)["resnet56", "cifar10", 48.84].sd == pytest.approx(sd)
+    assert noises(frame)["resnet56", "cifar10", 48.84].common.sd == pytest.approx(sd)
     assert table["interval"].to_numpy() == pytest.approx(stats.t.ppf(0.975, df) * sd * math.sqrt(2 / 3))
     expected = (wide.loc["apbm"] - wide.loc["hrank"]).mean()
     assert table.loc["HRank", "difference"] == pytest.approx(expected)

@@ -11,6 +11,7 @@ from scipy import stats
 from apbm_core.study.report.statistics import (
     Comparison,
     Noise,
+    bed_noise,
     design_sees,
     holm,
     judge,
@@ -64,6 +65,47 @@ def test_intervals_cover_the_truth_in_95_of_100_studies():
         table = judge([compared(rows, 10, 3)], pooled_noise(rows, "method"))
         hits += abs(table["difference"][0] - (effects[10] - effects[3])) <= table["interval"][0]
     assert abs(hits / studies - 0.95) < 3 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_a_method_that_spreads_far_more_is_told_apart_and_judged_by_itself():
+    """Else its spread would widen all the others' intervals and narrow its own; both cover the truth so."""
+    generator, studies, names = np.random.default_rng(7), 300, [f"method {number}" for number in range(8)]
+    told, hits, pooled_hits = 0, {1: 0, 7: 0}, 0
+    for _ in range(studies):
+        rows = bed(generator, methods=8, sd=np.array([0.6] * 7 + [9.0])[:, None])
+        noise = bed_noise(rows.assign(method=[names[number] for number in rows["method"]]), "method")
+        told += set(noise.own) == {names[7]}
+        for other in hits:
+            pair = compared(rows, 0, other)
+            hits[other] += abs(pair.mean) <= noise.between(names[0], names[other]).half_width(3)
+        pooled_hits += abs(compared(rows, 0, 7).mean) <= pooled_noise(rows, "method").half_width(3)
+        assert noise.common.df == 12 or len(noise.own) != 1
+    assert told / studies > 0.9
+    margin = 3 * math.sqrt(0.05 * 0.95 / studies)
+    assert abs(hits[1] / studies - 0.95) < margin and abs(hits[7] / studies - 0.95) < margin
+    assert pooled_hits / studies < 0.85
+
+
+def test_methods_that_spread_alike_are_hardly_ever_told_apart():
+    generator, studies = np.random.default_rng(8), 400
+    found = [bed_noise(bed(generator, methods=8), "method") for _ in range(studies)]
+    assert sum(bool(noise.own) for noise in found) / studies < 0.01 + 3 * math.sqrt(0.01 / studies)
+    rows = bed(generator, methods=8)
+    assert bed_noise(rows, "method").common == pooled_noise(rows, "method")
+
+
+def test_the_own_spread_is_the_sample_variance_beside_the_seeds_effects():
+    rows = bed(np.random.default_rng(9), methods=6)
+    rows.loc[rows["method"] == 5, "accuracy"] += np.array([0.0, -30.0, 25.0])
+    noise = bed_noise(rows, "method")
+    wide = rows.pivot(index="method", columns="seed", values="accuracy")
+    others = wide.loc[:4]
+    assert noise.own[5].df == 2
+    assert noise.own[5].sd == pytest.approx((wide.loc[5] - others.mean()).std(ddof=1))
+    assert noise.common == pooled_noise(rows[rows["method"] < 5], "method")
+    both = noise.between(0, 5)
+    assert both.sd == pytest.approx(math.sqrt((noise.common.sd**2 + noise.own[5].sd ** 2) / 2)) and both.df == 2
+    assert noise.between(0, 1) == noise.common == noise.of(3) and noise.of(5) == noise.own[5]
 
 
 def test_holm_keeps_the_family_wise_error_where_uncorrected_p_values_do_not():
