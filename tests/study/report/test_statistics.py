@@ -69,7 +69,7 @@ def test_intervals_cover_the_truth_in_95_of_100_studies():
 
 def test_a_method_that_spreads_far_more_is_told_apart_and_judged_by_itself():
     """Else its spread would widen all the others' intervals and narrow its own; both cover the truth so."""
-    generator, studies, names = np.random.default_rng(7), 300, [f"method {number}" for number in range(8)]
+    generator, studies, names = np.random.default_rng(7), 120, [f"method {number}" for number in range(8)]
     told, hits, pooled_hits = 0, {1: 0, 7: 0}, 0
     for _ in range(studies):
         rows = bed(generator, methods=8, sd=np.array([0.6] * 7 + [9.0])[:, None])
@@ -87,7 +87,7 @@ def test_a_method_that_spreads_far_more_is_told_apart_and_judged_by_itself():
 
 
 def test_methods_that_spread_alike_are_hardly_ever_told_apart():
-    generator, studies = np.random.default_rng(8), 400
+    generator, studies = np.random.default_rng(8), 150
     found = [bed_noise(bed(generator, methods=8), "method") for _ in range(studies)]
     assert sum(bool(noise.own) for noise in found) / studies < 0.01 + 3 * math.sqrt(0.01 / studies)
     rows = bed(generator, methods=8)
