@@ -38,9 +38,9 @@ def half_written(kills, what: str) -> int:
     return sum(any(what in name for name in kill.half_written) for kill in kills)
 
 
-def test_a_grid_killed_in_training_and_while_writing_a_checkpoint_and_a_record_ends_as_if_undisturbed(tmp_path, noted):
-    moments = ["a checkpoint being written", "training", "a record being written"]
-    kills = noted(kill_study.kill_grid(tmp_path, 3, methods=("apbm", "l1"), moments=moments))
+def test_a_grid_killed_while_writing_a_checkpoint_and_a_record_ends_as_if_undisturbed(tmp_path, noted):
+    moments = ["a checkpoint being written", "a record being written"]
+    kills = noted(kill_study.kill_grid(tmp_path, 2, methods=("apbm", "l1"), moments=moments))
     assert [kill.moment for kill in kills] == moments
     assert half_written(kills, ".ckpt.") and half_written(kills, ".json.")
 
