@@ -51,6 +51,7 @@ def _classification(name: str) -> nn.Module:
 
     more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     more |= {"image_size": 64} if name.startswith("vit") else {}
+    more |= {"aux_logits": False} if name == "inception_v3" else {}  # its auxiliary head takes no images below 299
     return getattr(models, name)(weights=None, num_classes=CLASSES, **more)
 
 
