@@ -118,16 +118,18 @@ _ENOUGH = 8  # degrees of freedom: with fewer at a target, all targets of the ne
 
 def noises(frame: pd.DataFrame) -> dict[tuple[str, str, float], BedNoise]:
     """How much one run's accuracy spreads, by (network, data set, target): the residual of method x seed, and by
-    itself that of a method that spreads far more than the others.
+    itself that of a method that spreads far more than the others over all the network's targets.
 
-    Where a target has too few repetitions, and for the dense network, that of all the network's targets together.
+    Where a target has too few repetitions, and for the dense network, the common one is that of all targets together.
     """
     found = {}
     for (model, dataset), runs in frame.groupby(BED, sort=False):
         overall = bed_noise(runs, ["method", "schedule", "target"], network="network")
         for target, there in runs.groupby("target"):
-            own = bed_noise(there, ["method", "schedule"], network="network")
-            found[model, dataset, target] = own if own.common.df >= _ENOUGH else overall
+            own = bed_noise(there, ["method", "schedule"], network="network", apart=overall.own)
+            common = own.common if own.common.df >= _ENOUGH else overall.common
+            known = {name: noise for name, noise in own.own.items() if noise.df}
+            found[model, dataset, target] = BedNoise(common, dict(overall.own) | known)
     return found
 
 

@@ -20,7 +20,7 @@ below 5 %, whatever they have in common. Intervals stay those of one comparison:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,37 +162,53 @@ def bed_noise(
     block: str = "seed",
     value: str = "accuracy",
     network: str = "",
+    apart: Collection[str] | None = None,
 ) -> BedNoise:
     """The pooled noise without the methods whose variance is an outlier, and of each of these its own.
 
-    Again and again the method of the largest residual variance leaves, as long as an F test against all that are left,
-    corrected for their number, has p < 0.01 and at least three stay. Its own noise is its spread beside the seeds'
-    effects on those that stayed.
+    An own noise is the method's spread beside the seeds' effects on the others.
 
     Args:
         method: the column of what may spread in a way of its own; the others are :func:`pooled_noise`'s.
+        apart: who is told apart; None: those that :func:`outlying` finds.
     """
-    outlying: list[str] = []
+    apart = outlying(rows, cell, method, block, value, network) if apart is None else apart
+    is_apart = rows[method].isin(list(apart))
+    fit = _Fit(rows[~is_apart], cell, block, value, network)
+    beside = rows[value] - rows[block].map(fit.blocks).fillna(fit.blocks.mean() if len(fit.blocks) else 0).astype(float)
+    alone = rows[is_apart].assign(**{value: beside, block: 0})
+    own = {name: pooled_noise(part, cell, block, value) for name, part in alone.groupby(method, observed=True)}
+    return BedNoise(fit.noise, own)
+
+
+def outlying(
+    rows: pd.DataFrame,
+    cell: str | Sequence[str],
+    method: str = "method",
+    block: str = "seed",
+    value: str = "accuracy",
+    network: str = "",
+) -> list[str]:
+    """The methods that spread far more than the others, the widest first; the arguments are :func:`bed_noise`'s.
+
+    Again and again the method of the largest residual variance leaves, as long as an F test against all that are left,
+    corrected for their number, has p < 0.01 and at least three stay.
+    """
+    found: list[str] = []
     while True:
-        is_common = ~rows[method].isin(outlying)
-        fit = _Fit(rows[is_common], cell, block, value, network)
-        spreads = fit.spreads(method)
+        spreads = _Fit(rows[~rows[method].isin(found)], cell, block, value, network).spreads(method)
         if len(spreads) < 4:
-            break
+            return found
         widest = max(spreads, key=lambda name: spreads[name].sd)
         rest = [noise for name, noise in spreads.items() if name != widest]
         df = sum(noise.df for noise in rest)
         variance = sum(noise.sd**2 * noise.df for noise in rest) / df
         if variance == 0:
-            break
+            return found
         p = stats.f.sf(spreads[widest].sd ** 2 / variance, spreads[widest].df, df)
         if p * len(spreads) >= _OUTLYING:
-            break
-        outlying.append(widest)
-    beside = rows[value] - rows[block].map(fit.blocks).fillna(fit.blocks.mean()).astype(float)
-    alone = rows[~is_common].assign(**{value: beside, block: 0})
-    own = {name: pooled_noise(part, cell, block, value) for name, part in alone.groupby(method, observed=True)}
-    return BedNoise(fit.noise, own)
+            return found
+        found.append(widest)
 
 
 def mean_noise(noises: Sequence[Noise]) -> Noise:
