@@ -15,14 +15,15 @@ def _published() -> dict[str, RunRecord]:
 
 
 def fake_record(method: str, accuracy: float, seed: int = 0, seconds: float | None = None, **config) -> RunRecord:
-    """``method``'s published run as if it had ended with ``accuracy`` (a share), under equal conditions.
+    """``method``'s published run as if it had ended with ``accuracy`` (a share), under equal conditions; that of slim
+    from scratch, renamed, where there is none.
 
     Args:
         seconds: of its first phase, which is then its only one.
         config: what differs in the configuration, such as target or model.
     """
-    record = _published()[method]
-    changed = record.config.model_copy(update={"seed": seed} | config)
+    record = _published().get(method) or _published()["scratch"]
+    changed = record.config.model_copy(update={"method": method, "seed": seed} | config)
     first, *rest = record.phases
     phases = [first, *rest] if seconds is None else [first.model_copy(update={"seconds": seconds})]
     share = record.dense_parameters * (1 - changed.target)

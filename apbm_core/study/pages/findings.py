@@ -116,12 +116,12 @@ def _form(records: Sequence[RunRecord], model: str) -> str:
 def _of_curve(
     means: pd.DataFrame, pairs: pd.DataFrame, table: pd.DataFrame, model: str, dataset: str, profile: str
 ) -> str:
-    """APBM's differences to slim from scratch, the identity start and the rivals along a curve: with an interval
+    """APBM's differences to slim from scratch, its other controls and the rivals along a curve: with an interval
     and a verdict where seeds allow it, else with their range; of the bed's :func:`over_targets` and
     :func:`against_rivals`."""
     rows = table[table["method"] == "apbm"]
     targets, epochs, said = rows["target"], rows["epochs"].iloc[0], []
-    for rival in ("scratch", "dirac", *_RIVALS):
+    for rival in ("scratch", "passing", "dirac", *_RIVALS):
         for mean in means[means["rival"] == label(rival)].itertuples():
             facts = [_counted(mean.points, "target"), _counted(mean.n, "seed")]
             if mean.n >= PAIRS_FOR_A_VERDICT:

@@ -60,6 +60,13 @@ def test_the_claims_have_three_verdicts_and_reasons_and_those_that_can_be_given_
     assert set(claims_frame([])["verdict"]) == {"not tested: nothing was run here"}
 
 
+def test_a_control_that_runs_where_it_is_named_has_a_claim_where_it_ran():
+    claim = "fusing loses less accuracy than passing the input on alone (APBM without fusion)"
+    assert claim not in verdicts(grid()).index
+    beside = verdicts(grid(levels=LEVELS | {"passing": LEVELS["apbm"] - 0.05}))
+    assert beside.loc[claim, "verdict"] == "supported"
+
+
 def test_compression_is_judged_by_the_mean_over_the_targets():
     table = verdicts(grid(targets=(0.25, 0.4884, 0.7)))
     assert table.loc["higher compression at the same accuracy than HRank", "verdict"] == "supported"
