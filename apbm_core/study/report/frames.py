@@ -12,7 +12,7 @@ from apbm_core.study.grid.calibration import Calibration
 from apbm_core.study.methods import ordered
 from apbm_core.study.networks.models import network_label
 from apbm_core.study.records import PhaseRecord, RunRecord, read_record
-from apbm_core.study.report.statistics import NO_NOISE, BedNoise, bed_noise
+from apbm_core.study.report.statistics import NO_NOISE, PAIRS_FOR_A_VERDICT, BedNoise, bed_noise
 
 BED = ["model", "dataset"]  # what one panel of a figure is about
 POINT = [*BED, "method", "schedule", "target"]  # what one mark in a plot stands for
@@ -156,14 +156,20 @@ def points(frame: pd.DataFrame) -> pd.DataFrame:
 def of_shared_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Of a frame of :func:`runs_frame` the runs whose seed all methods have at that target and schedule.
 
-    Means of different seeds would compare the seeds as well as the methods, while a study is under way. The dense
-    network stays as it is, and so does a target at which the methods share no seed.
+    Means of different seeds would compare the seeds as well as the methods, while a study is under way. Where some
+    methods have enough seeds for a verdict, it is those that the seeds are taken of, and one with fewer keeps what it
+    has of them: it does not take the others' away. The dense network stays as it is, and so does a target, or a method,
+    that shares no seed.
     """
     pruned = frame["method"] != "dense"
     keep = ~pruned
     for _, there in frame[pruned].groupby(["model", "dataset", "target", "schedule"], observed=True, sort=False):
-        shared = set.intersection(*(set(seeds) for _, seeds in there.groupby("method", observed=True)["seed"]))
-        keep[there.index[there["seed"].isin(shared)] if shared else there.index] = True
+        seeds = {method: set(found) for method, found in there.groupby("method", observed=True)["seed"]}
+        many = [found for found in seeds.values() if len(found) >= PAIRS_FOR_A_VERDICT]
+        shared = set.intersection(*(many or seeds.values()))
+        for method, found in seeds.items():
+            kept = found & shared or found
+            keep[there.index[(there["method"] == method) & there["seed"].isin(kept)]] = True
     return frame[keep]
 
 

@@ -2,7 +2,7 @@
 
 APBM, the paper's three rivals, APBM at widths of its own and the reader's own method have a colour, slim from scratch
 is black, and all others are grey: ten coloured lines are told apart by nobody. Every line carries its name at its right
-end. A point is the mean over the seeds that all methods have there. Bands are pooled 95 % intervals
+end. A point is the mean over the seeds that the methods share there. Bands are pooled 95 % intervals
 (:func:`apbm_core.study.report.frames.points`).
 """
 
@@ -87,6 +87,7 @@ def _against_removed(axis: Axes, part: pd.DataFrame, removed: str) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_xlabel(f"{removed} (%)")
     axis.set_ylabel(f"test accuracy (%), {_seeds(pruned)}")
+    _show_the_lines(axis, part)
     _name_lines(axis, {method: (line[removed].iloc[-1], line["accuracy"].iloc[-1]) for method, line in lines.items()})
 
 
@@ -117,7 +118,15 @@ def _against_time(axis: Axes, part: pd.DataFrame) -> None:
     faint = "" if part["timed alike"].all() else "; faint: timed under other conditions"
     axis.set_xlabel(f"training time of the run (minutes{hollow}{faint})")
     axis.set_ylabel(f"test accuracy (%), {_seeds(part)}")
+    _show_the_lines(axis, part)
     _name_lines(axis, ends)
+
+
+def _show_the_lines(axis: Axes, part: pd.DataFrame) -> None:
+    """Let the accuracies fill the axis; the band of a method that is hardly known may leave it."""
+    low, high = part["accuracy"].min(), part["accuracy"].max()
+    margin = max(0.08 * (high - low), 1)
+    axis.set_ylim(low - margin, high + margin)
 
 
 def _draw(axis: Axes, x: pd.Series, line: pd.DataFrame, method: str, hollow: bool = False, faint: bool = False) -> None:

@@ -113,6 +113,31 @@ def test_one_run_of_one_method_is_drawn():
         assert axis.get_title(loc="left").startswith("ResNet20, CIFAR-10: ")
 
 
+def test_a_method_with_few_seeds_takes_none_from_those_with_many():
+    runs = [
+        fake_record(name, 0.5 + 0.1 * seed, seed) for name in ("apbm", "swp") for seed in range(3 + (name == "swp"))
+    ]
+    runs += [fake_record("hrank", 0.9, 1), fake_record("l1", 0.8, 7)]
+    table = points(of_shared_seeds(runs_frame(runs))).set_index("method")
+    assert table["n"].to_dict() == {"apbm": 3, "swp": 3, "hrank": 1, "l1": 1}
+    assert table.loc["swp", "accuracy"] == pytest.approx(60)
+
+
+def test_a_wide_band_leaves_the_picture_and_the_lines_fill_it():
+    accuracies = {"apbm": [0.8, 0.81, 0.8], "scratch": [0.78, 0.77, 0.78], "dcff": [0.76, 0.77, 0.76]}
+    accuracies |= {"hrank": [0.72, 0.73, 0.72], "l1": [0.7, 0.71, 0.7], "swp": [0.8, 0.1, 0.79]}
+    runs = [
+        fake_record(method, level - target / 100, seed, target=target)
+        for target in (0.5, 0.75)
+        for method, levels in accuracies.items()
+        for seed, level in enumerate(levels)
+    ]
+    assert points(runs_frame(runs)).set_index("method").loc["swp", "interval"].min() > 30
+    (axis,) = curves.accuracy_curves(runs).axes
+    low, high = axis.get_ylim()
+    assert 50 < low < 56.1 and 79.6 < high < 85
+
+
 def test_methods_are_compared_by_the_seeds_that_all_of_them_have():
     """A study under way: APBM has a second seed, which lies higher, and SWP does not have it yet."""
     runs = [
