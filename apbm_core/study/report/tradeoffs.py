@@ -2,7 +2,7 @@
 
 APBM, the paper's three rivals, APBM at widths of its own and the reader's own method have a colour, slim from scratch
 is black, and all others are grey: ten coloured lines are told apart by nobody. Every line carries its name at its right
-end. A point is the mean over the seeds that the methods share there. Bands are pooled 95 % intervals
+end. A point is the mean over the seeds that the methods share there. Bands and bars are 95 % intervals
 (:func:`apbm_core.study.report.frames.points`).
 """
 
@@ -27,6 +27,7 @@ _IN_COLOUR = ("apbm", "hrank", "polarization", "swp")
 _GREY = "#A8A8A8"
 _TICKS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 97, 98, 99, 99.5)  # percent removed
 _LINE = 11  # points between two names
+_WIDEST_BAND = 5  # points of accuracy to each side
 
 
 def accuracy_curves(records: Sequence[RunRecord]) -> Figure:
@@ -130,16 +131,18 @@ def _show_the_lines(axis: Axes, part: pd.DataFrame) -> None:
 
 
 def _draw(axis: Axes, x: pd.Series, line: pd.DataFrame, method: str, hollow: bool = False, faint: bool = False) -> None:
-    """One method's marks, joined, with its interval as a band (as a bar where it has one mark)."""
+    """One method's marks, joined, with its interval as a band; as bars where it has one mark, or where a band would
+    hide what lies behind it."""
     leads = method in _IN_COLOUR or method == "scratch" or method.startswith("apbm@")
     ink, half = _ink(method), line["interval"].fillna(0)
     joined = len(line) > 1 and not hollow
-    if joined and leads and half.any():
+    is_band = joined and half.max() <= _WIDEST_BAND
+    if is_band and leads and half.any():
         axis.fill_between(x, line["accuracy"] - half, line["accuracy"] + half, color=ink, alpha=0.16, lw=0)
     axis.errorbar(
         x,
         line["accuracy"],
-        yerr=half if half.any() and not joined else None,
+        yerr=half if half.any() and (not joined or (leads and not is_band)) else None,
         color=ink,
         marker="h" if method == "dense" else marker(method),
         ms=8 if method == "apbm" else 6 if leads else 4,
@@ -147,6 +150,7 @@ def _draw(axis: Axes, x: pd.Series, line: pd.DataFrame, method: str, hollow: boo
         lw=2.2 if method == "apbm" else 1.5 if leads else 0.9,
         ls=line_style(method) if joined else "none",
         capsize=3,
+        elinewidth=None if not joined or is_band else 0.6,
         zorder=5 if method == "apbm" else 4 if leads else 2,
         alpha=0.35 if faint else None,
     )

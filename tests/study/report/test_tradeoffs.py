@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from fake_records import fake_record
@@ -123,7 +124,7 @@ def test_a_method_with_few_seeds_takes_none_from_those_with_many():
     assert table.loc["swp", "accuracy"] == pytest.approx(60)
 
 
-def test_a_wide_band_leaves_the_picture_and_the_lines_fill_it():
+def test_a_method_that_is_hardly_known_has_bars_that_leave_the_picture_and_the_lines_fill_it():
     accuracies = {"apbm": [0.8, 0.81, 0.8], "scratch": [0.78, 0.77, 0.78], "dcff": [0.76, 0.77, 0.76]}
     accuracies |= {"hrank": [0.72, 0.73, 0.72], "l1": [0.7, 0.71, 0.7], "swp": [0.8, 0.1, 0.79]}
     runs = [
@@ -136,6 +137,8 @@ def test_a_wide_band_leaves_the_picture_and_the_lines_fill_it():
     (axis,) = curves.accuracy_curves(runs).axes
     low, high = axis.get_ylim()
     assert 50 < low < 56.1 and 79.6 < high < 85
+    heights = [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in axis.collections if band.get_paths()]
+    assert sum(height > 60 for height in heights) == 1 and len(heights) == 4  # SWP's bars; bands of the coloured others
 
 
 def test_methods_are_compared_by_the_seeds_that_all_of_them_have():
