@@ -300,6 +300,31 @@ def test_tracing_gives_the_same_network():
         torch.testing.assert_close(traced(IMAGES[:2]), net(IMAGES[:2]))
 
 
+@pytest.mark.skipif(bool(export.why_no_onnx()), reason="ONNX is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_the_older_exporter_takes_a_fused_network_and_a_compact_one(tmp_path):
+    model = fused().eval()
+    apbm_core.rescore(model, 0.3)
+    net = apbm_core.compact(model).eval()
+    for name, network in (("fused", model), ("compact", net)):
+        path, free = tmp_path / f"{name}.onnx", {"images": {0: "batch"}}
+        torch.onnx.export(network, (IMAGES,), path, dynamo=False, input_names=["images"], dynamic_axes=free)
+        torch.testing.assert_close(export.open_file(path)(IMAGES[:2]), net(IMAGES[:2]).detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fx_quantises_a_compact_network():
+    fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    net = apbm_core.compact(fused()).eval()
+    observed = fx.prepare_fx(net, get_default_qconfig_mapping("x86"), (IMAGES,))
+    observed(IMAGES)
+    found, wanted = fx.convert_fx(observed)(IMAGES), net(IMAGES).detach()
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert not torch.equal(found, wanted)
+
+
 @pytest.mark.slow
 def test_compiling_before_and_after():
     model = fused()
