@@ -67,6 +67,17 @@ def test_a_control_that_runs_where_it_is_named_has_a_claim_where_it_ran():
     assert beside.loc[claim, "verdict"] == "supported"
 
 
+def test_a_claim_has_the_interval_of_the_table_of_rivals():
+    """Also where SWP is told apart by what it does at another target."""
+    records = grid(targets=(0.4884, 0.7))
+    wild = [r.config.method == "swp" and (r.config.target, r.config.seed) == (0.7, 1) for r in records]
+    changed = [r.model_copy(update={"test_accuracy": 0.1}) if w else r for r, w in zip(records, wild, strict=True)]
+    rivals = against_rivals(runs_frame(changed)).query("target == 48.84").set_index("rival")
+    for rival in ("HRank", "SWP"):
+        measured = verdicts(changed).loc[f"better accuracy than {rival}", "measured"]
+        assert f"± {rivals.loc[rival, 'interval']:.2f} points" in measured
+
+
 def test_compression_is_judged_by_the_mean_over_the_targets():
     table = verdicts(grid(targets=(0.25, 0.4884, 0.7)))
     assert table.loc["higher compression at the same accuracy than HRank", "verdict"] == "supported"
