@@ -1,16 +1,18 @@
 """Which convolution feeds which BatchNorm, and nothing else: found by watching one forward pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apbm_core.errors import UnsupportedNetwork
-from apbm_core.forward import evaluation_mode
+from apbm_core.forward import call, describe, evaluation_mode
 
 _LOOK_ONLY = frozenset(["__get__", "size", "dim", "numel"])  # asking for a shape is not reading the values
 
 
-def normed_convolutions(model: nn.Module, example_inputs: Tensor) -> tuple[dict[str, str], dict[str, str]]:
+def normed_convolutions(model: nn.Module, example_inputs: Any) -> tuple[dict[str, str], dict[str, str]]:
     """Which convolution feeds which BatchNorm alone: {convolution: norm}, and {convolution: why not} of the others.
 
     Raises:
@@ -28,10 +30,10 @@ def normed_convolutions(model: nn.Module, example_inputs: Tensor) -> tuple[dict[
         handles.append(module.register_forward_hook(lambda *_: watch.leave()))
     try:
         with torch.no_grad(), evaluation_mode(model), watch:
-            outputs = model(example_inputs)
+            outputs = call(model, example_inputs)
     except Exception as error:
         raise UnsupportedNetwork(
-            f"this {type(model).__name__} does not run on inputs of shape {tuple(example_inputs.shape)}: {error}"
+            f"this {type(model).__name__} does not run on inputs of shape {describe(example_inputs)}: {error}"
         ) from error
     finally:
         for handle in handles:

@@ -1,0 +1,77 @@
+r"""Handing over: what reads the channels that go learns to do with those that stay, by least squares on responses.
+
+With ``a`` the n channels that a layer reads, ``S`` the m of them that stay and ``U`` its weights,
+
+.. math:: B, c = \arg\min \sum_{x, t} \Bigl| a_{xt} - B\, a_{xt,S} - c \Bigr|^2, \qquad
+    \tilde U = U B, \qquad \tilde b = b + U c
+
+over the places t of some images x (methods.md 1). The rows of ``B`` that belong to ``S`` are the identity, so nothing
+is lost where the others are combinations of these: no likeness of weights is asked for. ``c`` is 0 where nothing behind
+the layer takes a constant up. At the border of a padded map ``U c`` is an approximation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apbm_core.cuts import kept_of
+
+_RIDGE = 1e-3  # of the mean square of what is read: how much a channel may lean on another that is almost its copy
+
+
+@dataclass
+class Reader:
+    """What a layer reads: the channels that stay, and how all of them move together.
+
+    Attributes:
+        kept: the channels that stay, ascending.
+        places: consecutive inputs that are places of one channel: more than 1 behind a flattened map that is too large.
+        centred: whether a constant may be predicted too, for a bias or the norm behind the layer takes it up.
+        total, moments, count: sum of the channels ``a``, of ``a a^T``, and over how many images and places; float64.
+    """
+
+    kept: Tensor
+    places: int = 1
+    centred: bool = False
+    total: Tensor | float = 0.0
+    moments: Tensor | float = 0.0
+    count: int = 0
+
+    def read(self, inputs: Tensor, channel_dim: int) -> None:
+        """Add what the layer reads, channels in ``channel_dim``."""
+        columns = inputs.movedim(channel_dim, 0).flatten(1)
+        if self.places > 1:
+            columns = columns.unflatten(0, (-1, self.places)).flatten(1)
+        columns = columns.float() if columns.dtype.itemsize < 4 else columns
+        self.total = self.total + columns.sum(1).cpu().double()
+        self.moments = self.moments + (columns @ columns.T).cpu().double()
+        self.count += columns.shape[1]
+
+    def prediction(self) -> tuple[Tensor, Tensor]:
+        """``B`` of shape (n, m) and ``c`` of shape (n,): the best prediction of all channels by the kept ones."""
+        mean, moments, kept = self.total / self.count, self.moments / self.count, self.kept
+        ridge = _RIDGE * moments.diagonal()[kept].mean().clamp_min(1e-12)
+        if self.centred:
+            moments = moments - torch.outer(mean, mean)
+        among = moments[kept][:, kept] + ridge * torch.eye(len(kept)).to(moments)
+        shares = torch.linalg.solve(among, moments[kept]).T
+        shares[kept] = torch.eye(len(kept)).to(shares)
+        return shares, mean - shares @ mean[kept] if self.centred else torch.zeros_like(mean)
+
+    def take_over(self, dense: nn.Module, small: nn.Module, cut: tuple[Tensor | None, ...]) -> None:
+        """Write ``U B`` into the small network's layer, and what ``U`` makes of the constants into its bias."""
+        side = input_dim(dense)
+        left = [None if dim == side else indices for dim, indices in enumerate(cut)]
+        weight = kept_of(dense.weight.detach(), left).cpu().double().movedim(side, 0).unflatten(0, (-1, self.places))
+        shares, constants = self.prediction()
+        taken = torch.einsum("ip...,ij->jp...", weight, shares).flatten(0, 1).movedim(0, side)
+        small.weight.copy_(taken)
+        if small.bias is not None:
+            shift = torch.einsum("ip...,i->p...", weight, constants).sum(0)
+            small.bias.add_((shift if shift.dim() == 1 else shift.flatten(1).sum(1)).to(small.bias))
+
+
+def input_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that belongs to what it reads."""
+    return 0 if getattr(layer, "transposed", False) else 1

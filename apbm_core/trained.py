@@ -1,0 +1,215 @@
+"""Fusing a network that is trained already: once, in what it answers, and with nothing left to do but fine-tune it.
+
+Mixing weights (compress.fuse) is for a training from scratch; it would bury what a trained network has learnt. Here the
+important filters, chosen by relative entropy, stay as they are, and each layer that reads the others takes them over
+from those that predict them best (handover.py).
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from apbm_core.anatomy import Anatomy
+from apbm_core.copies import has_own_forward
+from apbm_core.cuts import Cuts
+from apbm_core.errors import ApbmError, ConfigError
+from apbm_core.forward import call, evaluation_mode
+from apbm_core.fusion import FusionSettings, choose_together
+from apbm_core.groups import LAYERS, outputs_of
+from apbm_core.handover import Reader, input_dim
+from apbm_core.normed import normed_convolutions
+from apbm_core.planning import By, Rule, wanted_units
+
+_WIDEST = 4096  # above this many inputs (a flattened map) the places of a channel share one prediction
+
+
+def fuse_trained(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable,
+    keep: float | Mapping[str, float | int] = 0.5,
+    settings: FusionSettings | None = None,
+    ignore: Collection[str] = (),
+    groups: bool = True,
+    target: float | None = None,
+    by: By = "params",
+    widths: Rule = "uniform",
+    min_filters: int = 1,
+    multiple: int = 1,
+) -> nn.Module:
+    """A small, plain copy of a trained ``model``, whose unimportant filters live on in those that read them.
+
+    Fine-tune it as any network; there is nothing to rescore and nothing to compact. The statistics of its BatchNorms
+    are measured anew. A convolution in groups that reads filters which go cannot take them over; it does without.
+
+    Args:
+        model: any trained network of convolutions and linear layers; not modified.
+        example_inputs: one batch the network accepts; its labels are not needed.
+        batches: training inputs, gone through twice: batches like ``example_inputs``, or pairs of such a tensor and
+            its labels, as a DataLoader gives. About a thousand images do: ``list(itertools.islice(loader, 8))``.
+        keep, settings, ignore, groups, target, by, widths, min_filters, multiple: as in :func:`apbm_core.fuse`.
+
+    Raises:
+        ConfigError: as ``fuse``; or there are no batches, they can be gone through only once, or the network answers
+            with values that are not finite.
+        UnsupportedNetwork: as ``fuse``.
+    """
+    _refuse_one_pass(batches)
+    anatomy = Anatomy(model, example_inputs, groups)
+    units = wanted_units(anatomy, keep, ignore, target, by, widths, min_filters, multiple)
+    kept = most_important(anatomy, units, settings or FusionSettings())
+    return hand_over(anatomy, kept, batches)
+
+
+@torch.no_grad()
+def most_important(anatomy: Anatomy, units: Mapping[str, int], settings: FusionSettings) -> dict[str, Tensor]:
+    """The units of each named group that stay, ascending, by the score at the settings' last temperature."""
+    modules, kept = dict(anatomy.model.named_modules()), {}
+    for name, count in units.items():
+        members = []
+        for layer, filters in anatomy.groups[name].layers.items():
+            weight = modules[layer].weight
+            fusion = settings.fusion(outputs_of(modules[layer]), count * filters.shape[1]).to(weight.device)
+            transposed = bool(getattr(modules[layer], "transposed", False))
+            fusion.join(name, filters, torch.arange(count), out_dim=int(transposed))
+            members.append((fusion, weight))
+        kept[name] = choose_together(members, count, progress=1.0).cpu()
+    return kept
+
+
+def hand_over(anatomy: Anatomy, kept: Mapping[str, Tensor], batches: Iterable, recalibrate: bool = True) -> nn.Module:
+    """The network with these units of each named group only, what reads the others combining those that are left.
+
+    Args:
+        anatomy: of the trained network.
+        kept: group -> the units that stay, ascending.
+        batches: as in :func:`fuse_trained`.
+        recalibrate: measure the BatchNorms' statistics on the batches; else they stay those of the kept channels.
+
+    Raises:
+        ConfigError: there are no batches, or a layer reads values that are not finite.
+        UnsupportedNetwork: the network cannot be cut this way.
+    """
+    model = anatomy.model
+    small, cuts = anatomy.cut(kept)
+    readers = _readers(model, cuts, _norm_follows(model, anatomy.inputs) if recalibrate else set())
+    with torch.no_grad():
+        _measure(model, readers, batches, anatomy.inputs)
+        for name, reader in readers.items():
+            reader.take_over(model.get_submodule(name), small.get_submodule(name), cuts[f"{name}.weight"])
+        if recalibrate:
+            _renew_norms(small, batches, anatomy.inputs)
+    return small
+
+
+def _readers(model: nn.Module, cuts: Cuts, normed: Collection[str]) -> dict[str, Reader]:
+    """The layers that read channels which go, and can take them over."""
+    readers = {}
+    for name, module in model.named_modules():
+        is_reader = isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1 and not has_own_forward(module)
+        kept = cuts[f"{name}.weight"][input_dim(module)] if is_reader and f"{name}.weight" in cuts else None
+        if kept is None:
+            continue
+        inputs = module.weight.shape[input_dim(module)]
+        places = 1 if inputs <= _WIDEST else _places(kept, inputs)
+        if places:
+            is_centred = (module.bias is not None or name in normed) and not getattr(module, "transposed", False)
+            readers[name] = Reader(kept[::places] // places, places, is_centred)
+    return readers
+
+
+def _places(kept: Tensor, inputs: int) -> int:
+    """How many consecutive inputs are kept or lost together at most, so that few enough channels remain; 0 if none."""
+    for places in range(2, inputs // 2 + 1):
+        if inputs % places or inputs // places > _WIDEST or len(kept) % places:
+            continue
+        blocks = kept.view(-1, places)
+        if torch.equal(blocks, blocks[:, :1] + torch.arange(places)) and not (blocks[:, 0] % places).any():
+            return places
+    return 0
+
+
+def _norm_follows(model: nn.Module, inputs: Any) -> set[str]:
+    """The convolutions whose output a BatchNorm alone reads, which takes up any constant."""
+    return set(normed_convolutions(model, inputs)[0])
+
+
+def _measure(model: nn.Module, readers: Mapping[str, Reader], batches: Iterable, example_inputs: Any) -> None:
+    """Let every reader see what it reads of the batches in the trained network."""
+    with ExitStack() as stack:
+        for name, reader in readers.items():
+            module = model.get_submodule(name)
+            dim = -1 if isinstance(module, nn.Linear) else -module.weight.dim() + 1
+            hook = module.register_forward_pre_hook(lambda _m, given, r=reader, d=dim: r.read(given[0].detach(), d))
+            stack.callback(hook.remove)
+        stack.enter_context(evaluation_mode(model))
+        for batch in inputs_of(batches, example_inputs, model):
+            call(model, batch)
+    for name, reader in readers.items():
+        if not (reader.count and reader.moments.isfinite().all()):
+            raise ConfigError(
+                f"layer {name!r} reads {'values that are not finite' if reader.count else 'nothing'}, so no other "
+                "channels can be found to take some over; give batches on which the network works."
+            )
+
+
+def _renew_norms(model: nn.Module, batches: Iterable, example_inputs: Any) -> None:
+    """Measure the statistics of the BatchNorms anew, as plain means over the batches."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with evaluation_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        try:
+            for batch in inputs_of(batches, example_inputs, model):
+                call(model, batch)
+        except ValueError as error:
+            if isinstance(error, ApbmError):
+                raise
+            raise ConfigError(f"the norms cannot be measured on these batches ({error}); give larger ones.") from error
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def inputs_of(batches: Iterable, example_inputs: Any, model: nn.Module) -> Iterator[Any]:
+    """The inputs in each batch, in the form of ``example_inputs``, on the model's device: labels are left out.
+
+    Raises:
+        ConfigError: there are no batches, or one has another form.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found = False
+    for batch in batches:
+        found = True
+        if isinstance(example_inputs, Mapping):
+            missing = set(example_inputs) - set(batch if isinstance(batch, Mapping) else ())
+            if missing:
+                raise ConfigError(f"a batch lacks {', '.join(sorted(missing))}, which the example inputs have.")
+            batch = {name: batch[name] for name in example_inputs}
+        elif isinstance(example_inputs, tuple):
+            batch = tuple(batch)[: len(example_inputs)] if isinstance(batch, (tuple, list)) else (batch,)
+            if len(batch) < len(example_inputs):
+                raise ConfigError(f"a batch has {len(batch)} parts; the example inputs have {len(example_inputs)}.")
+        elif isinstance(batch, (tuple, list)):
+            batch = batch[0]
+        yield pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    if not found:
+        raise ConfigError("there are no batches to see on how the channels move together; give some training inputs.")
+
+
+def _refuse_one_pass(batches: Iterable) -> None:
+    if iter(batches) is batches:
+        raise ConfigError(
+            f"batches is a {type(batches).__name__}, which can be gone through once, and twice is needed; "
+            "give a DataLoader, or a list of some of its batches."
+        )
