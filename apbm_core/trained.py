@@ -103,7 +103,7 @@ def hand_over(anatomy: Anatomy, kept: Mapping[str, Tensor], batches: Iterable, r
         for name, reader in readers.items():
             reader.take_over(model.get_submodule(name), small.get_submodule(name), cuts[f"{name}.weight"])
         if recalibrate:
-            _renew_norms(small, batches, anatomy.inputs)
+            renew_norms(small, batches, anatomy.inputs)
     return small
 
 
@@ -158,8 +158,19 @@ def _measure(model: nn.Module, readers: Mapping[str, Reader], batches: Iterable,
             )
 
 
-def _renew_norms(model: nn.Module, batches: Iterable, example_inputs: Any) -> None:
-    """Measure the statistics of the BatchNorms anew, as plain means over the batches."""
+@torch.no_grad()
+def renew_norms(model: nn.Module, batches: Iterable, example_inputs: Any) -> None:
+    """Measure the statistics of a network's BatchNorms anew, in place, as plain means over the batches.
+
+    ``torch.optim.swa_utils.update_bn`` does the same, but lets dropout act, and takes tensors alone.
+
+    Args:
+        model: any network.
+        batches, example_inputs: as in :func:`fuse_trained`.
+
+    Raises:
+        ConfigError: there are no batches, or they are too small for a norm.
+    """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return

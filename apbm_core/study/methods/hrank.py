@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apbm_core.errors import ConfigError
 from apbm_core.study.methods import l1
-from apbm_core.study.methods.ranking import RankingOptions, cut_by
+from apbm_core.study.methods.ranking import RankingOptions, cut_by, note_after_cut
 from apbm_core.study.methods.task import Task
 from apbm_core.study.networks.feature_maps import visit_feature_maps
 from apbm_core.study.networks.layers import named_convolutions
@@ -60,6 +60,8 @@ def prune(task: Task) -> nn.Module:
         group = layers[i * len(layers) // rounds : (i + 1) * len(layers) // rounds]
         suffix = f"-{i + 1}" if rounds > 1 else ""
         model = cut_by(scores, task, model, group, IMAGES, f"score{suffix}")
+        if rounds == 1:
+            note_after_cut(task, model)
         share = epochs * (i + 1) // rounds - epochs * i // rounds
         done = epochs * i // rounds
         course = (0.0, 1.0)

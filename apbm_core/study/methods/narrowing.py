@@ -9,7 +9,7 @@ first is a plain cut:
   ``A`` of shape (m, n), ones at the kept filters' own places, a kept filter and its BatchNorm become the means with
   these weights, and the next layer's weights on the channel the sums: ``U' = U A^T``. Exact for equal filters.
 - ``activations``: kept filters stay as they are, and the next layer takes each lost channel over from the channels that
-  predict it best, by least squares over calibration images: ``U' = U B`` with ``B = argmin |a - B a_kept|^2``.
+  predict it best, by least squares over calibration images (:mod:`apbm_core.handover`): ``U' = U B``.
 """
 
 import copy
@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from apbm_core import similarity
-from apbm_core.forward import evaluation_mode
+from apbm_core.anatomy import Anatomy
 from apbm_core.fusion import FusionSettings
 from apbm_core.study.methods.variants import Metric, distances
 from apbm_core.study.networks.chains import Followers, followers
 from apbm_core.surgery import slim
-
-_RIDGE = 1e-3  # of the activations' mean square: as much as a kept channel may lean on another that is almost its copy
+from apbm_core.trained import hand_over
 
 
 def stage_widths(wide: Mapping[str, int], target: Mapping[str, int], share: float) -> dict[str, int]:
@@ -88,17 +87,14 @@ def narrow(
     Raises:
         UnsupportedNetwork: the network is not of this kind.
     """
+    if merge == "activations":
+        anatomy = Anatomy(model, example_inputs, coupled=False, prove=False)  # the cut itself is proved
+        kept = {name: torch.as_tensor(indices) for name, indices in keep.items()}
+        return hand_over(anatomy, kept, images.split(128), recalibrate=False)
     wide = copy.deepcopy(model)
-    chains = followers(wide, keep)
     if merge == "similarity":
-        for name, kept in keep.items():
-            _fuse_layer(wide, chains[name], name, torch.as_tensor(kept), settings)
-    elif merge == "activations":
-        for name, kept in keep.items():
-            reader = wide.get_submodule(chains[name].reader)
-            kept_indices = torch.as_tensor(kept, device=reader.weight.device)
-            prediction = _prediction(_second_moments(wide, chains[name].reader, images), kept_indices)
-            _hand_over(reader, kept_indices, prediction)
+        for name, chain in followers(wide, keep).items():
+            _fuse_layer(wide, chain, name, torch.as_tensor(keep[name]), settings)
     return slim(wide, example_inputs, keep)
 
 
@@ -128,30 +124,3 @@ def _hand_over(reader: nn.Module, kept: Tensor, shares: Tensor) -> None:
     mixed = torch.einsum("on...,nm->om...", weight, shares.to(weight))
     weight.zero_()  # a view of the reader's own
     weight[:, kept] = mixed
-
-
-def _second_moments(model: nn.Module, reader_name: str, images: Tensor) -> Tensor:
-    """``mean a a^T`` of the channels that a layer reads, over images and places; shape (n, n), float64 on a CPU."""
-    caught: list[Tensor] = []
-    reader = model.get_submodule(reader_name)
-    handle = reader.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    total, count = 0.0, 0
-    try:
-        with evaluation_mode(model):
-            for batch in images.split(128):
-                model(batch)
-                maps = caught.pop()
-                columns = maps.flatten(2).transpose(0, 1).flatten(1) if maps.dim() == 4 else maps.T
-                total, count = total + (columns @ columns.T).double(), count + columns.shape[1]
-    finally:
-        handle.remove()
-    return total / count
-
-
-def _prediction(moments: Tensor, kept: Tensor) -> Tensor:
-    """The least-squares prediction ``B`` (n, m) of all channels from the kept ones, from second moments (n, n)."""
-    among = moments[kept][:, kept]
-    ridge = _RIDGE * among.diagonal().mean().clamp_min(1e-12) * torch.eye(len(kept)).to(among)
-    prediction = torch.linalg.solve(among + ridge, moments[kept]).T
-    prediction[kept] = torch.eye(len(kept)).to(prediction)
-    return prediction

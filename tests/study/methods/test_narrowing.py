@@ -12,7 +12,6 @@ from apbm_core.errors import ConfigError
 from apbm_core.fusion import FusionSettings
 from apbm_core.study.methods import apbm
 from apbm_core.study.methods.narrowing import (
-    _prediction,
     choose_filters,
     fusion_shares,
     layer_redundancy,
@@ -91,19 +90,6 @@ def test_merging_leaves_the_network_it_was_given_alone():
     for merge in ("none", "similarity", "activations"):
         narrow(model, x[:1], keep_first_half(model, prunable_convs("resnet20")), FusionSettings(), merge, x)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_the_prediction_is_the_least_squares_solution():
-    torch.manual_seed(0)
-    samples = torch.randn(500, 3, dtype=torch.float64) @ torch.randn(3, 7, dtype=torch.float64)
-    samples += 0.5 * torch.randn(500, 7, dtype=torch.float64)
-    kept = torch.tensor([1, 4, 5])
-    found = _prediction(samples.T @ samples / 500, kept)
-    expected = torch.linalg.lstsq(samples[:, kept], samples).solution.T
-    others = [0, 2, 3, 6]
-    fit, best = (((samples[:, kept] @ b[others].T) - samples[:, others]).square().mean() for b in (found, expected))
-    assert best <= fit < 1.05 * best
-    assert torch.equal(found[kept], torch.eye(3, dtype=torch.float64))
 
 
 def test_shares_divide_every_filter_among_the_kept_ones():

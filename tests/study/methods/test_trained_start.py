@@ -5,11 +5,15 @@ import torch
 from fake_task import fake_task
 
 from apbm_core.errors import ConfigError
+from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
 from apbm_core.study.methods import get_method
+from apbm_core.study.methods.narrowing import choose_filters
+from apbm_core.study.methods.ranking import seen
 from apbm_core.study.methods.task import Task
 from apbm_core.study.training.loop import train
+from apbm_core.trained import fuse_trained
 
 TINY = {"dataset": "digits", "models": ["resnet20"], "targets": {"resnet20": [0.5]}, "epochs": 1, "train_subset": 64,
         "test_subset": 20, "device": "cpu", "start_epochs": 2, "recipe_overrides": {"lr": 0.01},
@@ -36,7 +40,10 @@ def filters(weight):
     return {row.numpy().tobytes() for row in weight.detach().flatten(1)}
 
 
-@pytest.mark.parametrize("method", ["dense", "apbm", "slice", "l1", "hrank", "polarization", "swp", "dcff", "depgraph"])
+STARTING = ["dense", "apbm", "slice", "l1", "hrank", "polarization", "swp", "dcff", "depgraph", "entropy_cut"]
+
+
+@pytest.mark.parametrize("method", STARTING)
 def test_the_first_training_of_a_run_starts_from_the_trained_network(method, dense, tmp_path, monkeypatch):
     """Stopped before its first step, each has the trained network's filters, or a part of them, and its statistics."""
     seen = {}
@@ -101,3 +108,31 @@ def test_a_recipe_of_a_start_that_is_not_there_is_refused():
         StudyParameters.parse(TINY | {"start_epochs": 0})
     with pytest.raises(ConfigError, match="momentums"):
         StudyParameters.parse(TINY | {"start_recipe": {"momentums": 1}})
+
+
+def test_fusing_once_keeps_the_filters_of_the_cut_and_changes_what_reads_them(tmp_path):
+    """Against the verb of the library, given the same filters and images; and against the control."""
+    held_out = {**TINY, "split": "tuning", "methods": ["fused_once", "entropy_cut", "l1"], "seeds": [0]}
+    records = {record.config.method: record for record in Study.of(tmp_path, **held_out).run()}
+    assert all(0 <= record.notes["after_cut"]["val_accuracy"] <= 1 for record in records.values())
+    networks = {}
+    for method in ("fused_once", "entropy_cut"):
+        task = started(tmp_path, method)
+        task.train = lambda *arguments, **options: None
+        networks[method] = get_method(method).prune(task)
+        dense = task.build()
+    kept = choose_filters(dense, task.widths, FusionSettings())
+    first, reader = "layer1.0.conv1", "layer1.0.conv2"
+    for model in networks.values():
+        assert torch.equal(model.get_submodule(first).weight, dense.get_submodule(first).weight[kept[first]])
+    cut = dense.get_submodule(reader).weight[:, kept[first]]
+    assert torch.equal(networks["entropy_cut"].get_submodule(reader).weight, cut)
+    by_the_library = fuse_trained(dense, task.example_inputs, seen(task), keep=task.widths, groups=False)
+    for name, value in by_the_library.state_dict().items():
+        torch.testing.assert_close(networks["fused_once"].state_dict()[name], value, msg=name)
+    assert not torch.equal(by_the_library.get_submodule(reader).weight, cut)
+
+
+def test_nothing_is_noted_of_a_cut_where_no_images_are_held_out(tmp_path):
+    (record,) = Study.of(tmp_path, **TINY, methods=["entropy_cut"], seeds=[0]).run()
+    assert "after_cut" not in record.notes
