@@ -16,12 +16,14 @@ from apbm_core.study.report.statistics import NO_NOISE, PAIRS_FOR_A_VERDICT, Bed
 
 BED = ["model", "dataset"]  # what one panel of a figure is about
 POINT = [*BED, "method", "schedule", "target"]  # what one mark in a plot stands for
+AFTER_CUT = "right after the cut"  # accuracy of a network that was trained already, before any fine-tuning
 _COSTS = ["parameters", "MACs", "parameters removed", "MACs removed", "training seconds"]
 _RUN = [
     *POINT,
     "seed",
     "epochs",
     "accuracy",
+    AFTER_CUT,
     *_COSTS,
     "device",
     "precision",
@@ -30,7 +32,7 @@ _RUN = [
     "network",
     "id",
 ]
-_MEANS = ["epochs", "drop", *_COSTS]
+_MEANS = ["epochs", "drop", AFTER_CUT, *_COSTS]
 
 
 def series(records: Sequence[RunRecord]) -> list[str]:
@@ -53,6 +55,8 @@ def runs_frame(records: Sequence[RunRecord], calibration: Calibration | None = N
     *timed alike*: under the conditions that most of the network's runs on that data set were timed under.
     Without records the frame is empty, but has its columns.
     The accuracy is the test set's, or the validation images' for a tuning run.
+
+    *right after the cut*: that of a network which was trained already, before it is fine-tuned; NaN of other runs.
     """
     rows = []
     for record, method in zip(records, series(records), strict=True):
@@ -68,6 +72,7 @@ def runs_frame(records: Sequence[RunRecord], calibration: Calibration | None = N
                 "seed": config.seed,
                 "epochs": config.epochs,
                 "accuracy": 100 * accuracy,
+                AFTER_CUT: 100 * record.notes.get("after_cut", {}).get("val_accuracy", math.nan),
                 "parameters": record.parameters,
                 "MACs": record.macs,
                 "parameters removed": 100 * record.parameters_removed,

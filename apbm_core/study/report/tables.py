@@ -16,6 +16,7 @@ from apbm_core.study.methods import label
 from apbm_core.study.records import RunConfig, RunRecord
 from apbm_core.study.report.claims import claims_frame
 from apbm_core.study.report.frames import (
+    AFTER_CUT,
     BED,
     label_dataset,
     label_model,
@@ -29,6 +30,7 @@ from apbm_core.study.report.rivals import against_rivals, cell_style, matrix, ov
 
 FORMATS = {
     "target": "{:.4g}", "accuracy": "{:.2f}", "interval": "± {:.2f}", "drop": "{:.2f}", "difference": "{:+.2f}",
+    AFTER_CUT: "{:.2f}",
     "parameters": "{:,.0f}", "MACs": "{:,.0f}", "parameters removed": "{:.2f}", "MACs removed": "{:.2f}",
     "training seconds": "{:.0f}", "fastest seconds": "{:.0f}", "seconds": "{:.1f}", "images/s": "{:,.0f}",
     "epochs": "{:.0f}", "time ratio": "{:.2f}", "MACs ratio": "{:.2f}", "kB": "{:,.0f}",
@@ -39,7 +41,16 @@ FORMATS = {
     "p": "{:.4f}", "p (Holm)": "{:.3f}",
 }  # fmt: skip
 """How many digits of a column are shown; seconds of a phase, ``... (s)``, are shown whole."""
-_PERCENT = {"target", "same class", "accuracy", "accuracy there", "accuracy here", "parameters removed", "MACs removed"}
+_PERCENT = {
+    "target",
+    AFTER_CUT,
+    "same class",
+    "accuracy",
+    "accuracy there",
+    "accuracy here",
+    "parameters removed",
+    "MACs removed",
+}
 
 
 def styled(table: pd.DataFrame, name: str, caption: str = "") -> Styler:
@@ -68,7 +79,8 @@ def targets(
     """For each network, data set and target all methods and dense, the best accuracy first, with the time by phase; by
     the table's name (``targets_vgg16_cifar10_92.74``), each with its caption.
 
-    A column *timed alike* is there only if some runs were timed under other conditions than most.
+    A column *timed alike* is there only if some runs were timed under other conditions than most; one of the accuracy
+    right after the cut, only where networks that were trained already were cut.
     """
     phases = phase_columns(records, calibration)
     table = points(runs_frame(records, calibration)).join(phases, on=phases.index.names)
@@ -79,7 +91,8 @@ def targets(
         dense = of_bed(table, model, dataset)
         rows = pd.concat([dense[dense["target"] == 0], group]).sort_values("accuracy", ascending=False)
         others = [] if rows["timed alike"].all() else ["timed alike"]
-        rows = rows[[*columns, *others, *rows[phases.columns].dropna(axis="columns", how="all")]]
+        cut = [] if rows[AFTER_CUT].isna().all() else [AFTER_CUT]
+        rows = rows[[*columns, *cut, *others, *rows[phases.columns].dropna(axis="columns", how="all")]]
         caption = f"{label_model(model)}, {label_dataset(dataset)}, {target:.4g} % of the {by} to remove"
         found[f"targets_{model}_{dataset}_{target:.4g}"] = (_labelled(rows), caption)
     return found

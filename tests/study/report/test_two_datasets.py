@@ -84,3 +84,15 @@ def test_the_front_page_says_a_sentence_for_each(records):
     of = {name: next(text for text in said if f"<b>ResNet56, {name}, " in text) for name in ("CIFAR-10", "CIFAR-100")}
     assert "the dense network 92.00 %" in of["CIFAR-10"] and "the dense network 70.00 %" in of["CIFAR-100"]
     assert np.all(["50.00" in text for text in of.values()])
+
+
+def test_what_a_network_knows_right_after_its_cut_is_shown_where_it_is_known():
+    cut = fake_record("l1", 0.8, target=0.75)
+    noted = [cut.model_copy(update={"notes": {"after_cut": {"val_accuracy": value}}}) for value in (0.5, 0.6)]
+    seeds = [record.model_copy(update={"config": record.config.model_copy(update={"seed": seed})})
+             for seed, record in enumerate(noted)]  # fmt: skip
+    scratch = fake_record("scratch", 0.7, target=0.75)
+    ((table, _),) = tables.targets([*seeds, scratch]).values()
+    assert table.set_index("method")["right after the cut"].round(6).dropna().to_dict() == {"L1": 55.0}
+    ((without, _),) = tables.targets([cut, scratch]).values()
+    assert "right after the cut" not in without
