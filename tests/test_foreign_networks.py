@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from functools import cache, partial
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import apbm_core
 from apbm_core import export
+from apbm_core.counting import count_parameters
 from apbm_core.errors import ApbmError, UnsupportedNetwork
 from apbm_core.fusion import fused_layers
 from apbm_core.study.methods import all_methods, fpgm, global_l1, hrank, l1, random
@@ -364,9 +366,9 @@ def test_a_fused_network_can_be_compiled():
     assert_same_logits(slim(IMAGES).detach(), apbm_core.compact(slim)(IMAGES).detach())
 
 
-def example():
-    path = Path(__file__).parents[1] / "examples" / "own_training_loop.py"
-    spec = importlib.util.spec_from_file_location("own_training_loop", path)
+def example(name="own_training_loop"):
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -382,6 +384,21 @@ def test_the_example_compresses_resnet18_on_the_digits(capsys):
     said = capsys.readouterr().out
     accuracies = [line.rsplit("accuracy ", 1)[1].split("%")[0] for line in said.splitlines()]
     assert len(accuracies) == 2 and accuracies[0] == accuracies[1]  # compacting changes nothing
+
+
+@pytest.mark.slow
+def test_the_example_fuses_a_trained_network_and_loses_little(capsys):
+    net = example("trained_network").main([])
+    assert 0.24 < count_parameters(net) / count_parameters(torchvision.models.resnet18(num_classes=10)) <= 0.25
+    trained, after, tuned = (float(part) for part in re.findall(r"([\d.]+)%", capsys.readouterr().out))
+    assert trained > 85 and after > trained - 10 and tuned > trained - 3
+
+
+@pytest.mark.parametrize("arguments", [["--target", "1"], ["--epochs", "0"]])
+def test_the_example_of_a_trained_network_refuses_what_cannot_be(arguments, capsys):
+    with pytest.raises(SystemExit):
+        example("trained_network").main(arguments)
+    assert "target lies between 0 and 1" in capsys.readouterr().err
 
 
 def test_the_example_reads_a_folder_of_images(tmp_path):

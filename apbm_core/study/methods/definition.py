@@ -84,7 +84,8 @@ def read(module: ModuleType, name: str, path: str) -> Method:
     if hasattr(module, "prune"):
         prune, options = module.prune, NoOptions
     else:
-        prune, options = prune_by(_checked(module.scores, path), images=getattr(module, "IMAGES", 0)), RankingOptions
+        how = {"images": getattr(module, "IMAGES", 0), "fuses": getattr(module, "FUSES", False)}
+        prune, options = prune_by(_checked(module.scores, path), **how), RankingOptions
     given = {field: getattr(module, field.upper()) for field in _OPTIONAL if hasattr(module, field.upper())}
     starts_from = getattr(module, "STARTS_FROM", "pretrained")
     return Method(
@@ -118,7 +119,7 @@ def _check(module: ModuleType, path: str) -> None:
     options = getattr(module, "Options", BaseModel)
     if not (isinstance(options, type) and issubclass(options, BaseModel)):
         raise ConfigError(f"{path}: Options must be a pydantic model (a class derived from pydantic.BaseModel).")
-    for name in ("CHOOSES_WIDTHS", "STARTS_SLIM", "DEFAULT"):
+    for name in ("CHOOSES_WIDTHS", "STARTS_SLIM", "DEFAULT", "FUSES"):
         if not isinstance(getattr(module, name, True), bool):
             raise ConfigError(f"{path}: {name} = {getattr(module, name)!r} must be True or False.")
     for name in ("SUMMARY", "SOURCE", "MARKER"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from fake_task import fake_task
 
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.study.grid.grid import Study
@@ -166,6 +167,7 @@ def test_records_outlive_the_file(tmp_path):
         ("LABEL = 'mine'\ndef scores(:", "line 2: SyntaxError"),
         ("LABEL = 'mine'\n\nimport nowhere_to_be_found", "line 3: ModuleNotFoundError"),
         ("LABEL = 'mine'\nscores = print\nIMAGES = '5'", "IMAGES = '5'"),
+        ("LABEL = 'mine'\nscores = print\nFUSES = 1", "FUSES = 1 must be True or False"),
         ("LABEL = 'mine'\nscores = print\nSTARTS_FROM = 'nothing'", "STARTS_FROM = 'nothing' must be one of"),
         ("LABEL = 'mine'\nscores = print\nSCHEDULES = 'equal'", "SCHEDULES = 'equal' must be a tuple"),
         ("LABEL = 'mine'\nscores = print\nOptions = dict", "Options must be a pydantic model"),
@@ -195,3 +197,18 @@ def test_wrong_scores_are_named(tmp_path, returned, words):
     file = written(tmp_path / "mine.py", text)
     with pytest.raises(ApbmError, match=words):
         get_method(file).prune(_task(tmp_path, file))
+
+
+def test_a_criterion_may_have_its_filters_fused_once(tmp_path):
+    """The filters are those of the cut; what reads them differs. Nothing is trained between the cut and the look."""
+    cut, fused = (written(tmp_path / f"{name}.py", FIRST + f"FUSES = {name == 'fused'}\n") for name in ("cut", "fused"))
+    networks = {}
+    for path in (cut, fused):
+        method = get_method(path)
+        task = fake_task(tmp_path / "work", path, "resnet20", method.Options(), 2, 0.5)
+        task.train = lambda *arguments, **options: None
+        networks[path] = method.prune(task)
+    of = {path: networks[path].get_submodule("layer1.0.conv1").weight for path in (cut, fused)}
+    read = {path: networks[path].get_submodule("layer1.0.conv2").weight for path in (cut, fused)}
+    assert torch.equal(of[cut], of[fused])
+    assert read[cut].shape == read[fused].shape and not torch.equal(read[cut], read[fused])
