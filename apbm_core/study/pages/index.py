@@ -56,9 +56,16 @@ def write_index(folder: Path, profile: str, description: str) -> Path:
 
 
 def caption(figure: Path) -> str:
-    """The titles that a stored figure carries, or the words of its name."""
-    with Image.open(figure) as picture:
-        said = picture.info.get("Title", "")
+    """The titles that a stored figure carries, or the words of its name.
+
+    Raises:
+        RecordError: the file is no picture.
+    """
+    try:
+        with Image.open(figure) as picture:
+            said = picture.info.get("Title", "")
+    except OSError as error:
+        raise RecordError(f"{figure} is no picture that can be read ({error}); delete it and render again.") from error
     return re.sub(r"[\[\]*_]", "", said) or _words(figure)
 
 

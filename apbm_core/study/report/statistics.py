@@ -214,16 +214,20 @@ def outlying(
 def mean_noise(noises: Sequence[Noise]) -> Noise:
     """The noise of a run's accuracy averaged over several beds, such as the targets of one network.
 
-    Variances of independent beds add up; the degrees of freedom are Satterthwaite's (1946), rounded down. A bed without
-    any makes the whole unknown.
+    Variances of independent beds add up; the degrees of freedom are Satterthwaite's (1946), rounded down. One estimate
+    that serves several beds (the same object) knows no more for that. A bed without any makes the whole unknown.
     """
     if not noises or any(not noise.df for noise in noises):
         return NO_NOISE
-    parts = [noise.sd**2 / len(noises) ** 2 for noise in noises]
-    total = sum(parts)
+    estimates = {id(noise): noise for noise in noises}
+    parts = dict.fromkeys(estimates, 0.0)
+    for noise in noises:
+        parts[id(noise)] += noise.sd**2 / len(noises) ** 2
+    total = sum(parts.values())
     if total == 0:
-        return Noise(0.0, sum(noise.df for noise in noises))
-    return Noise(math.sqrt(total), int(total**2 / sum(p**2 / noise.df for p, noise in zip(parts, noises, strict=True))))
+        return Noise(0.0, sum(noise.df for noise in estimates.values()))
+    df = total**2 / sum(part**2 / estimates[key].df for key, part in parts.items())
+    return Noise(math.sqrt(total), math.floor(df + 1e-9))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -151,10 +151,16 @@ def test_five_points_of_three_seeds_see_half_a_point_where_one_point_sees_more_t
     """The design of the curves: the spread of the ablation's ResNet20, ten methods."""
     one = Noise(0.61, 18)
     assert 1.1 < one.detectable(3) < 2.8
-    over_all = mean_noise([one] * 5)
+    over_all = mean_noise([Noise(0.61, 18) for _ in range(5)])
     assert over_all.df == 90 and over_all.sd == pytest.approx(0.61 / math.sqrt(5))
     assert over_all.detectable(3) == pytest.approx(one.detectable(15), rel=0.05)
     assert 0.4 < over_all.detectable(3) < 0.7
+
+
+def test_an_estimate_that_serves_several_targets_knows_no_more_for_that():
+    shared, own = Noise(0.8, 12), Noise(0.8, 12)
+    assert mean_noise([shared] * 4).df == 12 and mean_noise([shared] * 4).sd == pytest.approx(0.4)
+    assert mean_noise([shared, own]).df == 24 and 12 < mean_noise([shared, shared, own]).df < 24
 
 
 def test_satterthwaite_covers_beds_of_different_noise():
