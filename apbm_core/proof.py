@@ -133,7 +133,8 @@ class _Silenced:
         transposed = isinstance(dense, nn.modules.conv._ConvTransposeNd)
         self.width = shape[1] if transposed or isinstance(dense, nn.Embedding) else shape[0]
 
-    def __call__(self, x: Tensor, *arguments: Any, **more: Any) -> Tensor:
+    def __call__(self, *arguments: Any, **more: Any) -> Tensor:
+        x, *arguments = arguments or (more.pop("input"),)
         dim = self._dim(x)
         if self.reads is not None:
             x = x.index_select(dim, self.reads.to(x.device))

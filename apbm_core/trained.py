@@ -101,6 +101,8 @@ def hand_over(anatomy: Anatomy, kept: Mapping[str, Tensor], batches: Iterable, r
     with torch.no_grad():
         _measure(model, readers, batches, anatomy.inputs)
         for name, reader in readers.items():
+            if not reader.count:  # the network uses its weight by itself, or takes another way on these batches
+                continue
             reader.take_over(model.get_submodule(name), small.get_submodule(name), cuts[f"{name}.weight"])
         if recalibrate:
             renew_norms(small, batches, anatomy.inputs)
@@ -145,16 +147,19 @@ def _measure(model: nn.Module, readers: Mapping[str, Reader], batches: Iterable,
         for name, reader in readers.items():
             module = model.get_submodule(name)
             dim = -1 if isinstance(module, nn.Linear) else -module.weight.dim() + 1
-            hook = module.register_forward_pre_hook(lambda _m, given, r=reader, d=dim: r.read(given[0].detach(), d))
-            stack.callback(hook.remove)
+
+            def read(_module, given, named, reader=reader, dim=dim):
+                reader.read(given[0] if given else named["input"], dim)
+
+            stack.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
         stack.enter_context(evaluation_mode(model))
         for batch in inputs_of(batches, example_inputs, model):
             call(model, batch)
     for name, reader in readers.items():
-        if not (reader.count and reader.moments.isfinite().all()):
+        if reader.count and not reader.moments.isfinite().all():
             raise ConfigError(
-                f"layer {name!r} reads {'values that are not finite' if reader.count else 'nothing'}, so no other "
-                "channels can be found to take some over; give batches on which the network works."
+                f"layer {name!r} reads values that are not finite, so that no channel can be predicted by others; give "
+                "batches on which the network works."
             )
 
 

@@ -222,6 +222,23 @@ def test_what_reads_in_groups_or_computes_by_itself_does_without():
         assert torch.equal(small[2].weight, expected[2].weight)
 
 
+def test_a_layer_may_be_given_its_input_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(input=torch.relu(self.first(input=x)))
+
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(64, 4)
+    same = plain(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    same.load_state_dict(dict(zip(same.state_dict(), model.state_dict().values(), strict=True)))
+    expected = cut(same, {"0": [0, 2, 5]}, [x])[2]
+    torch.testing.assert_close(cut(model, {"first": [0, 2, 5]}, [x]).head.weight, expected.weight)
+
+
 def test_a_transposed_convolution_takes_over_as_well():
     model = plain(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 2, 4, stride=2, padding=1))
     combinations(model, 0, [0, 4], [1, 2, 3, 5])
