@@ -52,14 +52,19 @@ def accuracy_against_time(records: Sequence[RunRecord], calibration: Calibration
 def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration | None) -> Figure:
     frame = runs_frame(records, calibration)
     table, whole = points(of_shared_seeds(frame)), over_targets(frame)
-    panels = beds(table)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8.4, 4.8 * len(panels)), squeeze=False)
-    for axis, (model, dataset, _) in zip(axes[:, 0], panels, strict=True):
-        part, means = of_bed(table, model, dataset), of_bed(whole, model, dataset)
-        several = part[part["target"] > 0]["target"].nunique() > 1
+    panels = [(bed, of_bed(table, *bed[:2])) for bed in beds(table)]
+    lists = [against == "parameters removed" and not _has_several_targets(part) for _, part in panels]
+    heights = [
+        1.6 + 0.3 * part["method"].nunique() if is_list else 4.8
+        for is_list, (_, part) in zip(lists, panels, strict=True)
+    ]
+    shape = {"figsize": (8.4, sum(heights)), "height_ratios": heights, "squeeze": False}
+    figure, axes = plt.subplots(len(panels), 1, **shape)
+    for axis, is_list, ((model, dataset, _), part) in zip(axes[:, 0], lists, panels, strict=True):
+        means = of_bed(whole, model, dataset)
         if against == "training seconds":
             _against_time(axis, part)
-        elif against == "parameters removed" and not several:
+        elif is_list:
             _list_of_methods(axis, part[part["schedule"] != "equal-time"])
         else:
             _against_removed(axis, part[part["schedule"] != "equal-time"], against)
@@ -71,6 +76,10 @@ def _panels(records: Sequence[RunRecord], against: str, calibration: Calibration
             words = in_accuracy(part, means)
         set_title(axis, f"{label_model(model)}, {label_dataset(dataset)}: {words}", 84)
     return figure
+
+
+def _has_several_targets(part: pd.DataFrame) -> bool:
+    return part[part["target"] > 0]["target"].nunique() > 1
 
 
 def _against_removed(axis: Axes, part: pd.DataFrame, removed: str) -> None:
