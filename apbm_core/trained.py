@@ -1,8 +1,8 @@
 """Fusing a network that is trained already: once, in what it answers, and with nothing left to do but fine-tune it.
 
-Mixing weights (compress.fuse) is for a training from scratch; it would bury what a trained network has learnt. Here the
-important filters, chosen by relative entropy, stay as they are, and each layer that reads the others takes them over
-from those that predict them best (handover.py).
+Mixing weights (compress.fuse) goes on through a training, and takes what a trained network computes apart until it has
+recovered. Here the important filters, chosen by relative entropy, stay as they are, and each layer that reads the
+others takes them over from those that predict them best (handover.py): the network is of use at once.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -13,6 +13,7 @@ from apbm_core.study.methods import get_method, label
 from apbm_core.study.networks.models import get_network
 from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import (
+    AFTER_CUT,
     BED,
     beds,
     label_dataset,
@@ -24,6 +25,7 @@ from apbm_core.study.report.frames import (
 )
 from apbm_core.study.report.rivals import against_rivals, over_targets
 from apbm_core.study.report.statistics import ABOVE, BELOW, PAIRS_FOR_A_VERDICT
+from apbm_core.study.report.trained_start import CONTROL, OURS
 
 _RIVALS = ("hrank", "polarization", "swp")
 _A_CURVE = 3  # targets, at least
@@ -58,7 +60,7 @@ def sentences(
         for target, *bed in asked.itertuples(index=False):
             if tuple(bed) not in drawn:
                 said += _of_network(of_bed(table, *bed), names[tuple(bed)], target, _form(records[first], bed[0]))
-    return _of_passing(headline_pairs) + said + _of_ablation(pairs)
+    return _of_passing(headline_pairs) + _of_trained(records) + said + _of_ablation(pairs)
 
 
 def ingredients(results: Path, bed: str = "resnet20") -> pd.DataFrame:
@@ -111,6 +113,33 @@ def _form(records: Sequence[RunRecord], model: str) -> str:
     ]
     usual = get_method("apbm").Options().for_network(get_network(model)).passing
     return " (fusion alone; its input was not passed on)" if usual and not any(o.get("passing") for o in ran) else ""
+
+
+def _of_trained(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """What fusing once leaves of a network that was trained already, beside the same cut without it."""
+    said = []
+    for runs in records.values():
+        table = points(runs_frame([record for record in runs if record.notes.get("after_cut")]))
+        for bed, group in table.groupby(BED, sort=False):
+            parts, seeds = [], set()
+            for target, there in group.groupby("target"):
+                there = there.set_index(there["method"].astype(str))
+                if not {OURS, CONTROL} <= set(there.index):
+                    continue
+                fused, cut = there.loc[OURS], there.loc[CONTROL]
+                seeds |= {fused["n"], cut["n"]}
+                parts.append(
+                    f"with {target:.4g}&nbsp;% removed {fused[AFTER_CUT]:.2f} instead of {cut[AFTER_CUT]:.2f}&nbsp;% "
+                    f"right after, {fused['accuracy']:.2f} instead of {cut['accuracy']:.2f}&nbsp;% fine-tuned"
+                )
+            if parts:
+                several = _counted(int(min(seeds)), "seed")
+                where = f"{label_model(bed[0])}, {label_dataset(bed[1])}, held-out images, {several}"
+                said.append(
+                    f"<b>A network that is trained already</b> ({where}), fused once, beside the same filters "
+                    f"cut: {'; '.join(parts)}."
+                )
+    return said
 
 
 def _of_curve(

@@ -13,6 +13,7 @@ from apbm_core.study.records import RunRecord
 from apbm_core.study.report.frames import AFTER_CUT, BED, label_dataset, label_model, points, runs_frame
 from apbm_core.study.report.style import colour, set_title
 
+_BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a number stands before the dense network's line
 OURS, CONTROL = "fused_once", "entropy_cut"
 
 
@@ -27,15 +28,18 @@ def after_the_cut(records: Sequence[RunRecord]) -> Figure:
     table = points(runs_frame(records))
     pruned = table[(table["target"] > 0) & (table["schedule"] == "equal")]
     panels = [
-        (key, part) for key, part in pruned.groupby([*BED, "target"], sort=False) if part[AFTER_CUT].notna().any()
+        (key, part)
+        for key, part in pruned.sort_values("target", kind="stable").groupby([*BED, "target"], sort=False)
+        if part[AFTER_CUT].notna().any()
     ]
     if not panels:
         raise RecordError(
             "no record says what a trained network knows right after its cut: run a profile with start_epochs and "
             "split = tuning, such as pretrained."
         )
-    rows = max(len(part) for _, part in panels)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8.4, (1.4 + 0.34 * rows) * len(panels)), squeeze=False)
+    heights = [1.4 + 0.34 * len(part) for _, part in panels]
+    shape = {"figsize": (8.4, sum(heights)), "height_ratios": heights, "squeeze": False}
+    figure, axes = plt.subplots(len(panels), 1, **shape)
     for axis, ((model, dataset, target), part) in zip(axes[:, 0], panels, strict=True):
         dense = table[(table["target"] == 0) & (table["model"] == model) & (table["dataset"] == dataset)]
         _draw(axis, part, dense)
@@ -67,7 +71,7 @@ def _draw(axis: Axes, part: pd.DataFrame, dense: pd.DataFrame) -> None:
                 f"{before:.1f}", (before, place), (-8, 0), textcoords="offset points", ha="right", va="center"
             )
         axis.plot(after, place, "o", color=ink, markersize=8)
-        axis.annotate(f"{after:.1f}", (after, place), (8, 0), textcoords="offset points", va="center")
+        axis.annotate(f"{after:.1f}", (after, place), (8, 0), textcoords="offset points", va="center", bbox=_BEHIND)
     for accuracy in dense["accuracy"]:
         axis.axvline(accuracy, color="#444444", linestyle="--", linewidth=1)
         axis.annotate(

@@ -244,3 +244,16 @@ def test_where_no_trained_network_is_kept_one_is_trained_for_an_epoch(tmp_path, 
     assert words.startswith("No trained ResNet20 is kept here: this one saw 128 images once")
     before, after = (dict(network.named_parameters()) for network in moments.values())
     assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
+
+
+def test_what_fusing_once_leaves_is_said_beside_the_same_cut():
+    def cut(method, before, after, seed):
+        record = fake_record(method, after, seed=seed, target=0.75)
+        return record.model_copy(update={"notes": {"after_cut": {"val_accuracy": before}}})
+
+    runs = [cut("fused_once", 0.61, 0.8, 0), cut("fused_once", 0.63, 0.82, 1), cut("entropy_cut", 0.5, 0.79, 0),
+            cut("entropy_cut", 0.5, 0.79, 1), cut("l1", 0.4, 0.7, 0)]  # fmt: skip
+    (said,) = findings._of_trained({"mine": runs, "other": [fake_record("l1", 0.8, target=0.75)]})
+    assert "2 seeds), fused once, beside the same filters cut: with 75&nbsp;% removed 62.00 instead of 50.00" in said
+    assert "right after, 81.00 instead of 79.00&nbsp;% fine-tuned." in said
+    assert findings._of_trained({"mine": runs[2:]}) == []
