@@ -10,28 +10,26 @@ is lost where the others are combinations of these: no likeness of weights is as
 the layer takes a constant up. At the border of a padded map ``U c`` is an approximation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from apbm_core.cuts import kept_of
-
-_RIDGE = 1e-3  # of the mean square of what is read: how much a channel may lean on another that is almost its copy
+from apbm_core.redundancy import RIDGE, Reading
 
 
 @dataclass
 class Reader:
-    """What a layer reads: the channels that stay, and how all of them move together.
+    """What a layer reads: how its channels move together.
 
     Attributes:
-        kept: the channels that stay, ascending.
         places: consecutive inputs that are places of one channel: more than 1 behind a flattened map that is too large.
         centred: whether a constant may be predicted too, for a bias or the norm behind the layer takes it up.
         total, moments, count: sum of the channels ``a``, of ``a a^T``, and over how many images and places; float64.
     """
 
-    kept: Tensor
     places: int = 1
     centred: bool = False
     total: Tensor | float = 0.0
@@ -48,28 +46,58 @@ class Reader:
         self.moments = self.moments + (columns @ columns.T).cpu().double()
         self.count += columns.shape[1]
 
-    def prediction(self) -> tuple[Tensor, Tensor]:
-        """``B`` of shape (n, m) and ``c`` of shape (n,): the best prediction of all channels by the kept ones."""
-        mean, moments, kept = self.total / self.count, self.moments / self.count, self.kept
-        ridge = _RIDGE * moments.diagonal()[kept].mean().clamp_min(1e-12)
-        if self.centred:
-            moments = moments - torch.outer(mean, mean)
-        among = moments[kept][:, kept] + ridge * torch.eye(len(kept)).to(moments)
+    def channels_of(self, inputs: Tensor) -> Tensor | None:
+        """The channels that these inputs are, in their order; None if some of a channel's places are missing."""
+        if inputs.numel() % self.places:
+            return None
+        blocks = inputs.view(*inputs.shape[:-1], -1, self.places)
+        whole = torch.equal(blocks, blocks[..., :1] + torch.arange(self.places))
+        return blocks[..., 0] // self.places if whole and not (blocks[..., 0] % self.places).any() else None
+
+    def prediction(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """``B`` of shape (n, m) and ``c`` of shape (n,): the best prediction of all channels by the m ``kept`` ones."""
+        mean, moments = self.total / self.count, self._moments()
+        among = moments[kept][:, kept] + self._ridge(kept) * torch.eye(len(kept)).to(moments)
         shares = torch.linalg.solve(among, moments[kept]).T
         shares[kept] = torch.eye(len(kept)).to(shares)
         return shares, mean - shares @ mean[kept] if self.centred else torch.zeros_like(mean)
 
-    def take_over(self, dense: nn.Module, small: nn.Module, cut: tuple[Tensor | None, ...]) -> None:
+    def take_over(self, dense: nn.Module, small: nn.Module, cut: Sequence[Tensor | None]) -> None:
         """Write ``U B`` into the small network's layer, and what ``U`` makes of the constants into its bias."""
         side = input_dim(dense)
+        kept = self.channels_of(cut[side])
+        if kept is None:
+            return
         left = [None if dim == side else indices for dim, indices in enumerate(cut)]
         weight = kept_of(dense.weight.detach(), left).cpu().double().movedim(side, 0).unflatten(0, (-1, self.places))
-        shares, constants = self.prediction()
+        shares, constants = self.prediction(kept)
         taken = torch.einsum("ip...,ij->jp...", weight, shares).flatten(0, 1).movedim(0, side)
         small.weight.copy_(taken)
         if small.bias is not None:
             shift = torch.einsum("ip...,i->p...", weight, constants).sum(0)
             small.bias.add_((shift if shift.dim() == 1 else shift.flatten(1).sum(1)).to(small.bias))
+
+    def reading(self, layer: nn.Module, inputs: Tensor) -> Reading | None:
+        """What the layer makes of the units whose ``inputs`` are these, shape (units, inputs of a unit).
+
+        None where they are not whole channels.
+        """
+        channels = self.channels_of(inputs)
+        if channels is None:
+            return None
+        weight = layer.weight.detach().cpu().double().movedim(input_dim(layer), 0)
+        weight = weight.unflatten(0, (-1, self.places)).flatten(1)
+        moments, squares = self._moments(), self.moments.diagonal() / self.count
+        parts = [(moments[c][:, c], squares[c], weight[c] @ weight[c].T) for c in channels.T]
+        return Reading(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
+
+    def _moments(self) -> Tensor:
+        """Per image and place, about the mean where a constant may be predicted."""
+        moments, mean = self.moments / self.count, self.total / self.count
+        return moments - torch.outer(mean, mean) if self.centred else moments
+
+    def _ridge(self, kept: Tensor) -> Tensor:
+        return RIDGE * (self.moments / self.count).diagonal()[kept].mean().clamp_min(1e-12)
 
 
 def input_dim(layer: nn.Module) -> int:

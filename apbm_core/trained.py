@@ -1,13 +1,15 @@
 """Fusing a network that is trained already: once, in what it answers, and with nothing left to do but fine-tune it.
 
 Mixing weights (compress.fuse) goes on through a training, and takes what a trained network computes apart until it has
-recovered. Here the important filters, chosen by relative entropy, stay as they are, and each layer that reads the
-others takes them over from those that predict them best (handover.py): the network is of use at once.
+recovered. Here the important filters stay as they are, and each layer that reads the others takes them over from those
+that predict them best (handover.py): the network is of use at once. Important is who stands apart, by the relative
+entropy of the weights, or whom the others can speak for least, by what they answer (redundancy.py).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from math import gcd
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,16 @@ from torch.utils import _pytree as pytree
 
 from apbm_core.anatomy import Anatomy
 from apbm_core.copies import has_own_forward
-from apbm_core.cuts import Cuts
 from apbm_core.errors import ApbmError, ConfigError
 from apbm_core.forward import call, evaluation_mode
 from apbm_core.fusion import FusionSettings, choose_together
-from apbm_core.groups import LAYERS, outputs_of
+from apbm_core.groups import LAYERS, Group, outputs_of
 from apbm_core.handover import Reader, input_dim
 from apbm_core.normed import normed_convolutions
 from apbm_core.planning import By, Rule, wanted_units
+from apbm_core.redundancy import least_missed_first
+
+Choose = Literal["weights", "responses"]
 
 _WIDEST = 4096  # above this many inputs (a flattened map) the places of a channel share one prediction
 
@@ -41,6 +45,7 @@ def fuse_trained(
     widths: Rule = "uniform",
     min_filters: int = 1,
     multiple: int = 1,
+    choose: Choose = "weights",
 ) -> nn.Module:
     """A small, plain copy of a trained ``model``, whose unimportant filters live on in those that read them.
 
@@ -52,18 +57,26 @@ def fuse_trained(
         example_inputs: one batch the network accepts; its labels are not needed.
         batches: training inputs, gone through twice: batches like ``example_inputs``, or pairs of such a tensor and
             its labels, as a DataLoader gives. About a thousand images do: ``list(itertools.islice(loader, 8))``.
+        choose: who stays: ``"weights"``, the filters of the largest relative entropy; ``"responses"``, those whose part
+            in what the next layers answer the others could take over least (units nobody can take over: by weights).
         keep, settings, ignore, groups, target, by, widths, min_filters, multiple: as in :func:`apbm_core.fuse`.
 
     Raises:
-        ConfigError: as ``fuse``; or there are no batches, they can be gone through only once, or the network answers
-            with values that are not finite.
+        ConfigError: as ``fuse``; or ``choose`` is neither; or there are no batches, they can be gone through only once,
+            or the network answers with values that are not finite.
         UnsupportedNetwork: as ``fuse``.
     """
+    if choose not in get_args(Choose):
+        raise ConfigError(f"choose is {choose!r}; who stays is chosen by {' or '.join(map(repr, get_args(Choose)))}.")
     _refuse_one_pass(batches)
     anatomy = Anatomy(model, example_inputs, groups)
     units = wanted_units(anatomy, keep, ignore, target, by, widths, min_filters, multiple)
     kept = most_important(anatomy, units, settings or FusionSettings())
-    return hand_over(anatomy, kept, batches)
+    readers = see(anatomy, units, batches)
+    if choose == "responses":
+        for name, order in departures(anatomy, units, readers).items():
+            kept[name] = torch.nonzero(order == len(order))[:, 0]
+    return hand_over(anatomy, kept, batches, readers)
 
 
 @torch.no_grad()
@@ -82,63 +95,108 @@ def most_important(anatomy: Anatomy, units: Mapping[str, int], settings: FusionS
     return kept
 
 
-def hand_over(anatomy: Anatomy, kept: Mapping[str, Tensor], batches: Iterable, recalibrate: bool = True) -> nn.Module:
+def see(anatomy: Anatomy, names: Collection[str], batches: Iterable, recalibrate: bool = True) -> dict[str, Reader]:
+    """What each layer that reads channels of the named groups, and can take them over, reads of the batches.
+
+    Args:
+        anatomy: of the trained network.
+        batches: as in :func:`fuse_trained`.
+        recalibrate: the norms are measured anew in the end, so that a constant before them is of no account.
+
+    Raises:
+        ConfigError: there are no batches, or a layer reads values that are not finite.
+    """
+    model = anatomy.model
+    normed = set(normed_convolutions(model, anatomy.inputs)[0]) if recalibrate else set()
+    readers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LAYERS) or getattr(module, "groups", 1) > 1 or has_own_forward(module):
+            continue
+        read = [group for group in map(anatomy.groups.get, names) if (name, "in") in group.pairs]
+        places = _places(module.weight.shape[input_dim(module)], *(group.sides[name, "in"] for group in read))
+        if read and places:
+            is_centred = (module.bias is not None or name in normed) and not getattr(module, "transposed", False)
+            readers[name] = Reader(places, is_centred)
+    with torch.no_grad():
+        _measure(model, readers, batches, anatomy.inputs)
+    return {name: reader for name, reader in readers.items() if reader.count}  # else it is not called as a layer
+
+
+@torch.no_grad()
+def departures(anatomy: Anatomy, until: Mapping[str, int], readers: Mapping[str, Reader]) -> dict[str, Tensor]:
+    """In which order the units of each named group go, those first whose part others take over best (redundancy.py).
+
+    Args:
+        anatomy: of the trained network.
+        until: group -> how many of its units stay to the end.
+        readers: of :func:`see`.
+
+    Returns:
+        group -> shape (units,): the step in which each goes; the number of units for all that stay. Groups whose
+        channels nothing reads that could take them over are left out.
+    """
+    found = {}
+    for name, count in until.items():
+        group, readings = anatomy.groups[name], []
+        for layer, reader in readers.items():
+            inputs = _of_units(group, layer)
+            reading = None if inputs is None else reader.reading(anatomy.model.get_submodule(layer), inputs)
+            readings += [] if reading is None else [reading]
+        if readings:
+            found[name] = least_missed_first(readings, count)
+    return found
+
+
+def hand_over(
+    anatomy: Anatomy,
+    kept: Mapping[str, Tensor],
+    batches: Iterable,
+    readers: Mapping[str, Reader] | None = None,
+    recalibrate: bool = True,
+) -> nn.Module:
     """The network with these units of each named group only, what reads the others combining those that are left.
 
     Args:
         anatomy: of the trained network.
         kept: group -> the units that stay, ascending.
         batches: as in :func:`fuse_trained`.
+        readers: what :func:`see` saw of these batches; None: they are gone through once more.
         recalibrate: measure the BatchNorms' statistics on the batches; else they stay those of the kept channels.
 
     Raises:
         ConfigError: there are no batches, or a layer reads values that are not finite.
         UnsupportedNetwork: the network cannot be cut this way.
     """
-    model = anatomy.model
     small, cuts = anatomy.cut(kept)
-    readers = _readers(model, cuts, _norm_follows(model, anatomy.inputs) if recalibrate else set())
     with torch.no_grad():
-        _measure(model, readers, batches, anatomy.inputs)
+        readers = see(anatomy, kept, batches, recalibrate) if readers is None else readers
         for name, reader in readers.items():
-            if not reader.count:  # the network uses its weight by itself, or takes another way on these batches
-                continue
-            reader.take_over(model.get_submodule(name), small.get_submodule(name), cuts[f"{name}.weight"])
+            layer, cut = anatomy.model.get_submodule(name), cuts.get(f"{name}.weight")
+            if cut is not None and cut[input_dim(layer)] is not None:
+                reader.take_over(layer, small.get_submodule(name), cut)
         if recalibrate:
             renew_norms(small, batches, anatomy.inputs)
     return small
 
 
-def _readers(model: nn.Module, cuts: Cuts, normed: Collection[str]) -> dict[str, Reader]:
-    """The layers that read channels which go, and can take them over."""
-    readers = {}
-    for name, module in model.named_modules():
-        is_reader = isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1 and not has_own_forward(module)
-        kept = cuts[f"{name}.weight"][input_dim(module)] if is_reader and f"{name}.weight" in cuts else None
-        if kept is None:
-            continue
-        inputs = module.weight.shape[input_dim(module)]
-        places = 1 if inputs <= _WIDEST else _places(kept, inputs)
-        if places:
-            is_centred = (module.bias is not None or name in normed) and not getattr(module, "transposed", False)
-            readers[name] = Reader(kept[::places] // places, places, is_centred)
-    return readers
+def _of_units(group: Group, layer: str) -> Tensor | None:
+    """The inputs of a layer that belong to each of a group's units, shape (units, inputs of a unit), or None."""
+    pairs = group.pairs.get((layer, "in"))
+    if pairs is None:
+        return None
+    first = group.layers[group.name]
+    unit_of = torch.empty(int(first.max()) + 1, dtype=torch.long)
+    unit_of[first] = torch.arange(group.units)[:, None].expand_as(first)
+    rows = torch.stack([unit_of[pairs[:, 1]], pairs[:, 0]], 1).unique(dim=0)  # sorted: by unit, then by input
+    return rows[:, 1].view(group.units, -1) if (rows[:, 0].bincount() == group.sides[layer, "in"]).all() else None
 
 
-def _places(kept: Tensor, inputs: int) -> int:
-    """How many consecutive inputs are kept or lost together at most, so that few enough channels remain; 0 if none."""
-    for places in range(2, inputs // 2 + 1):
-        if inputs % places or inputs // places > _WIDEST or len(kept) % places:
-            continue
-        blocks = kept.view(-1, places)
-        if torch.equal(blocks, blocks[:, :1] + torch.arange(places)) and not (blocks[:, 0] % places).any():
-            return places
-    return 0
-
-
-def _norm_follows(model: nn.Module, inputs: Any) -> set[str]:
-    """The convolutions whose output a BatchNorm alone reads, which takes up any constant."""
-    return set(normed_convolutions(model, inputs)[0])
+def _places(inputs: int, *of_unit: int) -> int:
+    """How many inputs are treated as places of one channel, that few enough channels remain; 0 if none are."""
+    if inputs <= _WIDEST:
+        return 1
+    common = gcd(*of_unit)
+    return next((n for n in range(2, common + 1) if common % n == inputs % n == 0 and inputs // n <= _WIDEST), 0)
 
 
 def _measure(model: nn.Module, readers: Mapping[str, Reader], batches: Iterable, example_inputs: Any) -> None:
