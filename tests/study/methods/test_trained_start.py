@@ -8,7 +8,7 @@ from apbm_core.errors import ConfigError
 from apbm_core.fusion import FusionSettings
 from apbm_core.study.grid.grid import Study
 from apbm_core.study.grid.parameters import StudyParameters
-from apbm_core.study.methods import get_method
+from apbm_core.study.methods import get_method, random
 from apbm_core.study.methods.narrowing import choose_filters
 from apbm_core.study.methods.ranking import seen
 from apbm_core.study.methods.task import Task
@@ -131,6 +131,29 @@ def test_fusing_once_keeps_the_filters_of_the_cut_and_changes_what_reads_them(tm
     for name, value in by_the_library.state_dict().items():
         torch.testing.assert_close(networks["fused_once"].state_dict()[name], value, msg=name)
     assert not torch.equal(by_the_library.get_submodule(reader).weight, cut)
+
+
+def test_a_choice_by_responses_is_the_librarys(tmp_path):
+    task = started(tmp_path, "fused_by_responses")
+    task.train = lambda *arguments, **options: None
+    small = get_method("fused_by_responses").prune(task)
+    by_the_library = fuse_trained(
+        task.build(), task.example_inputs, seen(task), keep=task.widths, groups=False, choose="responses"
+    )
+    for name, value in by_the_library.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], value, msg=name)
+
+
+def test_random_filters_are_fused_and_others_than_those_of_relative_entropy(tmp_path):
+    """The control has its filters from the lot alone, and a reader that is not the one that was cut."""
+    task = started(tmp_path, "random_fused")
+    task.train = lambda *arguments, **options: None
+    small, dense = get_method("random_fused").prune(task), task.build()
+    drawn = random.scores(dense, ["layer1.0.conv1"], seed=task.config.seed)["layer1.0.conv1"]
+    kept = drawn.topk(task.widths["layer1.0.conv1"]).indices.sort().values
+    assert torch.equal(small.get_submodule("layer1.0.conv1").weight, dense.get_submodule("layer1.0.conv1").weight[kept])
+    reader = "layer1.0.conv2"
+    assert not torch.equal(small.get_submodule(reader).weight, dense.get_submodule(reader).weight[:, kept])
 
 
 def test_nothing_is_noted_of_a_cut_where_no_images_are_held_out(tmp_path):
