@@ -31,18 +31,21 @@ class Reading:
             shape (units, units); summed over the channels of a unit where it has several.
         squares: of their channels, about 0, shape (units,): the ridge's scale.
         gram: ``U^T U``, shape (units, units), likewise.
+        whole: the mean square of all answers, of which a loss is a share; None: of those made of these moments.
     """
 
     moments: Tensor
     squares: Tensor
     gram: Tensor
+    whole: Tensor | None = None
 
     def __post_init__(self):
         ridge = RIDGE * self.squares.mean().clamp_min(1e-12)
         self.inverse = torch.linalg.inv(self.moments + ridge * torch.eye(len(self.moments)).to(self.moments))
         shares = self.moments @ self.inverse
         self.made = shares.T @ self.gram @ shares  # b_k^T U^T U b_l
-        self.whole = (self.gram * self.moments).sum().clamp_min(1e-30)
+        whole = (self.gram * self.moments).sum() if self.whole is None else self.whole
+        self.whole = whole.clamp_min(1e-30)
 
     def costs(self) -> Tensor:
         """The share of the reader's answers that goes with each unit, shape (units,)."""

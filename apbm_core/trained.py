@@ -26,6 +26,7 @@ from apbm_core.handover import Reader, input_dim
 from apbm_core.normed import normed_convolutions
 from apbm_core.planning import By, Rule, wanted_units
 from apbm_core.redundancy import least_missed_first
+from apbm_core.tracing import is_depthwise
 
 Choose = Literal["weights", "responses"]
 
@@ -50,7 +51,7 @@ def fuse_trained(
     """A small, plain copy of a trained ``model``, whose unimportant filters live on in those that read them.
 
     Fine-tune it as any network; there is nothing to rescore and nothing to compact. The statistics of its BatchNorms
-    are measured anew. A convolution in groups that reads filters which go cannot take them over; it does without.
+    are measured anew.
 
     Args:
         model: any trained network of convolutions and linear layers; not modified.
@@ -110,13 +111,14 @@ def see(anatomy: Anatomy, names: Collection[str], batches: Iterable, recalibrate
     normed = set(normed_convolutions(model, anatomy.inputs)[0]) if recalibrate else set()
     readers = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or getattr(module, "groups", 1) > 1 or has_own_forward(module):
+        if not isinstance(module, LAYERS) or is_depthwise(module) or has_own_forward(module):
             continue
         read = [group for group in map(anatomy.groups.get, names) if (name, "in") in group.pairs]
-        places = _places(module.weight.shape[input_dim(module)], *(group.sides[name, "in"] for group in read))
-        if read and places:
-            is_centred = (module.bias is not None or name in normed) and not getattr(module, "transposed", False)
-            readers[name] = Reader(places, is_centred)
+        transposed, parts = getattr(module, "transposed", False), getattr(module, "groups", 1)
+        places = _places(module.weight.shape[input_dim(module)] * parts, *(group.sides[name, "in"] for group in read))
+        if read and places and (parts == 1 or (places == 1 and not transposed)):
+            is_centred = (module.bias is not None or name in normed) and not transposed
+            readers[name] = Reader(places, is_centred, parts)
     with torch.no_grad():
         _measure(model, readers, batches, anatomy.inputs)
     return {name: reader for name, reader in readers.items() if reader.count}  # else it is not called as a layer
@@ -140,8 +142,7 @@ def departures(anatomy: Anatomy, until: Mapping[str, int], readers: Mapping[str,
         group, readings = anatomy.groups[name], []
         for layer, reader in readers.items():
             inputs = _of_units(group, layer)
-            reading = None if inputs is None else reader.reading(anatomy.model.get_submodule(layer), inputs)
-            readings += [] if reading is None else [reading]
+            readings += [] if inputs is None else reader.readings(anatomy.model.get_submodule(layer), inputs)
         if readings:
             found[name] = least_missed_first(readings, count)
     return found

@@ -87,7 +87,7 @@ def test_a_reader_sums_over_the_channels_of_a_unit_and_the_places_of_a_channel()
     reader = Reader(places=3, centred=True)
     reader.read(read, -1)
     inputs = torch.tensor([[3, 4, 5, 6, 7, 8], [0, 1, 2, 9, 10, 11]])
-    reading = reader.reading(layer, inputs)
+    (reading,) = reader.readings(layer, inputs)
     channels = read.double().view(50, 4, 3).transpose(1, 2).flatten(0, 1)
     weight = layer.weight.detach().double().view(4, 4, 3)
     moments, squares, gram = torch.zeros(2, 2), torch.zeros(2), torch.zeros(2, 2)
@@ -100,7 +100,7 @@ def test_a_reader_sums_over_the_channels_of_a_unit_and_the_places_of_a_channel()
                 gram[i, j] += (weight[:, a[k]] * weight[:, b[k]]).sum()
     for got, expected in ((reading.moments, moments), (reading.squares, squares), (reading.gram, gram)):
         torch.testing.assert_close(got.float(), expected.float(), rtol=1e-4, atol=1e-5)
-    assert reader.reading(layer, inputs[:, :4]) is None  # a part of a channel's places
+    assert reader.readings(layer, inputs[:, :4]) == []  # a part of a channel's places
 
 
 def dense() -> nn.Module:
@@ -132,13 +132,44 @@ def test_the_inputs_of_a_unit_are_those_that_stay_with_it(build):
     assert set(orders) == set(anatomy.groups)
 
 
+def test_a_unit_in_groups_counts_by_what_its_groups_lose_together():
+    """A grouped convolution against as many that read their channels side by side."""
+    first, grouped = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 9, 3, groups=3)
+    model = plain(first, nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(9, 2, 1))
+    x = images(32, 12)
+    anatomy = Anatomy(model, x, coupled=True)
+    (order,) = departures(anatomy, {"0": 1}, see(anatomy, ["0"], [x])).values()
+    parts = []
+    for group, weight in enumerate(grouped.weight.detach().double().chunk(3)):
+        reader = Reader(centred=True)
+        reader.read(torch.relu(first(x)).detach().chunk(3, 1)[group], 1)
+        weight = weight.transpose(0, 1).flatten(1)
+        moments = reader.moments / reader.count - torch.outer(reader.total, reader.total) / reader.count**2
+        parts.append((moments, reader.moments.diagonal() / reader.count, weight @ weight.T))
+    left = [0, 1, 2, 3]  # each unit is one channel of each group
+    whole = [torch.trace(gram @ moments).item() for moments, _, gram in parts]
+    for step in range(3):
+        after = {
+            unit: sum(
+                error(*part, [u for u in left if u != unit]) * size for part, size in zip(parts, whole, strict=True)
+            )
+            for unit in left
+        }
+        gone = min(after, key=after.get)
+        assert order[gone] == step
+        left.remove(gone)
+
+
 def test_where_nothing_can_take_over_the_weights_choose():
-    """A grouped convolution reads the first layer; the second is read by one that can."""
-    model = plain(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+    model = plain(nn.Conv2d(3, 8, 3), nn.ReLU(), Scaled(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     x = images(32, 8)
     anatomy = Anatomy(model, x, coupled=True)
     units = wanted_units(anatomy, 0.5)
-    assert set(departures(anatomy, units, see(anatomy, units, [x]))) == {"2"} & set(units)
+    assert "0" in units and "0" not in departures(anatomy, units, see(anatomy, units, [x]))
     by_weights, by_responses = (fuse_trained(model, x, [x], choose=choose) for choose in ("weights", "responses"))
     assert torch.equal(by_weights[0].weight, by_responses[0].weight)
 

@@ -124,6 +124,11 @@ def dense() -> nn.Module:
     return torchvision.models.DenseNet(growth_rate=8, block_config=(3, 3), num_init_features=16, num_classes=10)
 
 
+def in_groups() -> nn.Module:
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=8)
+
+
 def with_layer_norms() -> nn.Module:
     blocks = [CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 2)]
     return torchvision.models.ConvNeXt(blocks, layer_scale=1.0, num_classes=10)
@@ -147,7 +152,7 @@ def learned(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [residual, dense, with_layer_norms])
+@pytest.mark.parametrize("build", [residual, dense, in_groups, with_layer_norms])
 def test_a_network_that_has_learnt_keeps_more_of_it_than_by_the_same_cut(build, digits):
     """Of all groups, shortcuts included; the same filters, the norms measured on the same images in both."""
     x, y = digits
@@ -209,20 +214,49 @@ def test_batches_that_cannot_serve_are_refused():
         fuse_trained(tiny, images(2, 4)[..., :3, :3], [images(1, 4)[..., :3, :3]])
 
 
-def test_what_reads_in_groups_or_computes_by_itself_does_without():
+class Apart(nn.Module):
+    """A grouped convolution written out as convolutions side by side."""
+
+    def __init__(self, grouped: nn.Conv2d):
+        super().__init__()
+        self.parts = nn.ModuleList()
+        for weight, bias in zip(
+            *(t.detach().chunk(grouped.groups) for t in (grouped.weight, grouped.bias)), strict=True
+        ):
+            part = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:])
+            part.load_state_dict({"weight": weight, "bias": bias})
+            self.parts.append(part)
+
+    def forward(self, x):
+        return torch.cat([part(y) for part, y in zip(self.parts, x.chunk(len(self.parts), 1), strict=True)], 1)
+
+
+def test_a_convolution_in_groups_takes_over_as_its_parts_would():
+    first, grouped, last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 9, 3, groups=3), nn.Conv2d(9, 2, 1)
+    model = plain(first, nn.ReLU(), grouped, nn.ReLU(), last)
+    apart = nn.Sequential(first, nn.ReLU(), Apart(grouped), nn.ReLU(), last)
+    x = images(16, 12)
+    torch.testing.assert_close(apart(x), model(x))
+    anatomy = Anatomy(model, x, coupled=True)
+    assert anatomy.groups["0"].units == 4 and anatomy.groups["2"].units == 3
+    small = cut(model, {"0": [1, 3], "2": [0, 2]}, [x])
+    side_by_side = cut(apart, {"0": [1, 3], **{f"2.parts.{part}": [0, 2] for part in range(3)}}, [x])
+    torch.testing.assert_close(small(x), side_by_side(x))
+    only_cut, _ = anatomy.cut({"0": torch.tensor([1, 3]), "2": torch.tensor([0, 2])})
+    assert not torch.allclose(small[2].weight, only_cut[2].weight)
+
+
+def test_what_computes_by_itself_does_without():
     class Scaled(nn.Conv2d):
         def forward(self, x):
             return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
 
-    for reader in (nn.Conv2d(8, 8, 1, groups=2), Scaled(8, 8, 1)):
-        model = plain(nn.Conv2d(3, 8, 3), nn.ReLU(), reader, nn.ReLU(), nn.Conv2d(8, 2, 1))
-        x = images(16, 8)
-        anatomy = Anatomy(model, x, coupled=True)
-        group = anatomy.groups["0"]
-        kept = torch.arange(0, group.units, 2)
-        small = hand_over(anatomy, {"0": kept}, [x])
-        expected, _ = anatomy.cut({"0": kept})
-        assert torch.equal(small[2].weight, expected[2].weight)
+    model = plain(nn.Conv2d(3, 8, 3), nn.ReLU(), Scaled(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    x, kept = images(16, 8), torch.arange(0, 8, 2)
+    anatomy = Anatomy(model, x, coupled=True)
+    small = hand_over(anatomy, {"0": kept}, [x])
+    expected, _ = anatomy.cut({"0": kept})
+    assert torch.equal(small[2].weight, expected[2].weight)
 
 
 def test_a_layer_may_be_given_its_input_by_name():
