@@ -25,7 +25,7 @@ from apbm_core.study.report.frames import (
 )
 from apbm_core.study.report.rivals import against_rivals, over_targets
 from apbm_core.study.report.statistics import ABOVE, BELOW, PAIRS_FOR_A_VERDICT
-from apbm_core.study.report.trained_start import CONTROL, OURS
+from apbm_core.study.report.trained_start import BY_RESPONSES, CONTROL, OURS
 
 _RIVALS = ("hrank", "polarization", "swp")
 _A_CURVE = 3  # targets, at least
@@ -119,26 +119,24 @@ def _of_trained(records: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     """What fusing once leaves of a network that was trained already, beside the same cut without it."""
     said = []
     for runs in records.values():
-        table = points(runs_frame([record for record in runs if record.notes.get("after_cut")]))
+        table = points(of_shared_seeds(runs_frame([record for record in runs if record.notes.get("after_cut")])))
         for bed, group in table.groupby(BED, sort=False):
             parts, seeds = [], set()
             for target, there in group.groupby("target"):
                 there = there.set_index(there["method"].astype(str))
                 if not {OURS, CONTROL} <= set(there.index):
                     continue
-                fused, cut = there.loc[OURS], there.loc[CONTROL]
-                seeds |= {fused["n"], cut["n"]}
-                parts.append(
-                    f"with {target:.4g}&nbsp;% removed {fused[AFTER_CUT]:.2f} instead of {cut[AFTER_CUT]:.2f}&nbsp;% "
-                    f"right after, {fused['accuracy']:.2f} instead of {cut['accuracy']:.2f}&nbsp;% fine-tuned"
+                shown = [name for name in (BY_RESPONSES, OURS, CONTROL) if name in there.index]
+                seeds |= set(there.loc[shown, "n"])
+                known, tuned = (
+                    "; ".join(f"{label(name)} {there[column][name]:.2f}" for name in shown)
+                    for column in (AFTER_CUT, "accuracy")
                 )
+                parts.append(f"with {target:.4g}&nbsp;% removed, right after: {known}; fine-tuned: {tuned}")
             if parts:
                 several = _counted(int(min(seeds)), "seed")
                 where = f"{label_model(bed[0])}, {label_dataset(bed[1])}, held-out images, {several}"
-                said.append(
-                    f"<b>A network that is trained already</b> ({where}), fused once, beside the same filters "
-                    f"cut: {'; '.join(parts)}."
-                )
+                said.append(f"<b>A network that is trained already</b> ({where}), % accuracy {'. '.join(parts)}.")
     return said
 
 

@@ -10,11 +10,19 @@ from matplotlib.figure import Figure
 from apbm_core.errors import RecordError
 from apbm_core.study.methods import label
 from apbm_core.study.records import RunRecord
-from apbm_core.study.report.frames import AFTER_CUT, BED, label_dataset, label_model, points, runs_frame
+from apbm_core.study.report.frames import (
+    AFTER_CUT,
+    BED,
+    label_dataset,
+    label_model,
+    of_shared_seeds,
+    points,
+    runs_frame,
+)
 from apbm_core.study.report.style import colour, set_title
 
 _BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a number stands before the dense network's line
-OURS, CONTROL = "fused_once", "entropy_cut"
+OURS, BY_RESPONSES, CONTROL = "fused_once", "fused_by_responses", "entropy_cut"
 
 
 def after_the_cut(records: Sequence[RunRecord]) -> Figure:
@@ -25,7 +33,7 @@ def after_the_cut(records: Sequence[RunRecord]) -> Figure:
     Raises:
         RecordError: nothing was cut that was trained already.
     """
-    table = points(runs_frame(records))
+    table = points(of_shared_seeds(runs_frame(records)))
     pruned = table[(table["target"] > 0) & (table["schedule"] == "equal")]
     panels = [
         (key, part)
@@ -49,13 +57,22 @@ def after_the_cut(records: Sequence[RunRecord]) -> Figure:
 
 
 def in_words(part: pd.DataFrame) -> str:
-    """What fusing once changes against the same cut, right after it and fine-tuned; else who is highest."""
+    """What fusing once changes against the same cut, right after it and fine-tuned, and what a choice by responses and
+    fusion do; else who knows most."""
     part = part.set_index(part["method"].astype(str))
     if not {OURS, CONTROL} <= set(part.index):
         best = part[AFTER_CUT].idxmax()
         return f"right after the cut {label(best)} knows most, {part[AFTER_CUT][best]:.1f} %"
-    at_once, in_the_end = (part[column][OURS] - part[column][CONTROL] for column in (AFTER_CUT, "accuracy"))
-    return f"fusing once changes {at_once:+.1f} points right after the cut, {in_the_end:+.1f} fine-tuned"
+
+    def changes(method: str) -> list[str]:
+        return [f"{part[column][method] - part[column][CONTROL]:+.1f}" for column in (AFTER_CUT, "accuracy")]
+
+    said = "against the same cut fusing once changes {} points right after it and {} fine-tuned".format(*changes(OURS))
+    return said + (
+        "; who stays chosen by responses, {} and {}".format(*changes(BY_RESPONSES))
+        if BY_RESPONSES in part.index
+        else ""
+    )
 
 
 def _draw(axis: Axes, part: pd.DataFrame, dense: pd.DataFrame) -> None:
@@ -79,7 +96,7 @@ def _draw(axis: Axes, part: pd.DataFrame, dense: pd.DataFrame) -> None:
         )
     axis.set_yticks(range(len(names)), [label(method) for method in names])
     for tick, method in zip(axis.get_yticklabels(), names, strict=True):
-        tick.set_fontweight("bold" if method == OURS else "normal")
+        tick.set_fontweight("bold" if method in (OURS, BY_RESPONSES) else "normal")
     axis.set_ylim(-0.6, len(names) - 0.2)
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.1)

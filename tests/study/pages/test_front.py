@@ -252,8 +252,16 @@ def test_what_fusing_once_leaves_is_said_beside_the_same_cut():
         return record.model_copy(update={"notes": {"after_cut": {"val_accuracy": before}}})
 
     runs = [cut("fused_once", 0.61, 0.8, 0), cut("fused_once", 0.63, 0.82, 1), cut("entropy_cut", 0.5, 0.79, 0),
-            cut("entropy_cut", 0.5, 0.79, 1), cut("l1", 0.4, 0.7, 0)]  # fmt: skip
+            cut("entropy_cut", 0.5, 0.79, 1), cut("l1", 0.4, 0.7, 0), cut("l1", 0.4, 0.7, 1)]  # fmt: skip
     (said,) = findings._of_trained({"mine": runs, "other": [fake_record("l1", 0.8, target=0.75)]})
-    assert "2 seeds), fused once, beside the same filters cut: with 75&nbsp;% removed 62.00 instead of 50.00" in said
-    assert "right after, 81.00 instead of 79.00&nbsp;% fine-tuned." in said
+    assert (
+        "2 seeds), % accuracy with 75&nbsp;% removed, right after: APBM, fused once 62.00; relative entropy, cut"
+        in said
+    )
+    assert said.endswith("cut 50.00; fine-tuned: APBM, fused once 81.00; relative entropy, cut 79.00.")
+    chosen = [cut("fused_by_responses", 0.7, 0.83, seed) for seed in range(2)]
+    assert (
+        "right after: APBM, fused once by responses 70.00; APBM, fused once 62.00"
+        in findings._of_trained({"mine": runs + chosen})[0]
+    )
     assert findings._of_trained({"mine": runs[2:]}) == []

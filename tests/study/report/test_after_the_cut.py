@@ -20,8 +20,8 @@ def cut(method: str, before: float, after: float, **config):
 RECORDS = [
     *(cut("fused_once", 0.60 + seed / 100, 0.80, seed=seed) for seed in range(2)),
     *(cut("entropy_cut", 0.50, 0.79, seed=seed) for seed in range(2)),
-    cut("l1", 0.55, 0.78),
-    fake_record("scratch", 0.70, target=0.75),
+    *(cut("l1", 0.55, 0.78, seed=seed) for seed in range(2)),
+    *(fake_record("scratch", 0.70, target=0.75, seed=seed) for seed in range(2)),
     fake_record("dense", 0.85, target=0),
 ]
 
@@ -44,7 +44,20 @@ def test_a_line_goes_from_the_accuracy_after_the_cut_to_the_one_after_fine_tunin
 def test_the_title_says_what_fusing_changes_against_the_same_cut():
     (axis,) = after_the_cut(RECORDS).axes
     title = " ".join(axis.get_title(loc="left").split())
-    assert title.endswith("fusing once changes +10.5 points right after the cut, +1.0 fine-tuned")
+    assert title.endswith("against the same cut fusing once changes +10.5 points right after it and +1.0 fine-tuned")
+    chosen = [cut("fused_by_responses", 0.70 + seed / 100, 0.83, seed=seed) for seed in range(2)]
+    (axis,) = after_the_cut(RECORDS + chosen).axes
+    assert " ".join(axis.get_title(loc="left").split()).endswith("; who stays chosen by responses, +20.5 and +4.0")
+
+
+def test_means_are_of_the_seeds_that_all_methods_have():
+    """A seed that only some have yet would compare the seeds as well."""
+    more = [cut("fused_once", 0.90, 0.95, seed=2), cut("entropy_cut", 0.80, 0.94, seed=3)]
+    (axis,) = after_the_cut(RECORDS + more).axes
+    assert {"60.5", "50.0"} <= {text.get_text() for text in axis.texts}
+
+
+def test_without_the_control_the_title_says_who_knows_most():
     (axis,) = after_the_cut([record for record in RECORDS if record.config.method != "entropy_cut"]).axes
     assert "APBM, fused once knows most, 60.5 %" in " ".join(axis.get_title(loc="left").split())
 
