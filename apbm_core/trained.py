@@ -47,6 +47,7 @@ def fuse_trained(
     min_filters: int = 1,
     multiple: int = 1,
     choose: Choose = "weights",
+    samples: int = 1024,
 ) -> nn.Module:
     """A small, plain copy of a trained ``model``, whose unimportant filters live on in those that read them.
 
@@ -56,21 +57,22 @@ def fuse_trained(
     Args:
         model: any trained network of convolutions and linear layers; not modified.
         example_inputs: one batch the network accepts; its labels are not needed.
-        batches: training inputs, gone through twice: batches like ``example_inputs``, or pairs of such a tensor and
-            its labels, as a DataLoader gives. About a thousand images do: ``list(itertools.islice(loader, 8))``.
+        batches: training inputs: batches like ``example_inputs``, or pairs of such a tensor and its labels, as a
+            DataLoader gives. Only the first ones are looked at, and kept in memory meanwhile.
+        samples: how many inputs are looked at, in whole batches.
         choose: who stays: ``"weights"``, the filters of the largest relative entropy; ``"responses"``, those whose part
             in what the next layers answer the others could take over least (units nobody can take over: by weights).
         keep, settings, ignore, groups, target, by, widths, min_filters, multiple: as in :func:`apbm_core.fuse`.
 
     Raises:
-        ConfigError: as ``fuse``; or ``choose`` is neither; or there are no batches, they can be gone through only once,
-            or the network answers with values that are not finite.
+        ConfigError: as ``fuse``; or ``choose`` is neither, or ``samples`` is below 1; or there are no batches, or the
+            network answers with values that are not finite.
         UnsupportedNetwork: as ``fuse``.
     """
     if choose not in get_args(Choose):
         raise ConfigError(f"choose is {choose!r}; who stays is chosen by {' or '.join(map(repr, get_args(Choose)))}.")
-    _refuse_one_pass(batches)
     anatomy = Anatomy(model, example_inputs, groups)
+    batches = _first(batches, anatomy.inputs, model, samples)
     units = wanted_units(anatomy, keep, ignore, target, by, widths, min_filters, multiple)
     kept = most_important(anatomy, units, settings or FusionSettings())
     readers = see(anatomy, units, batches)
@@ -282,9 +284,15 @@ def inputs_of(batches: Iterable, example_inputs: Any, model: nn.Module) -> Itera
         raise ConfigError("there are no batches to see on how the channels move together; give some training inputs.")
 
 
-def _refuse_one_pass(batches: Iterable) -> None:
-    if iter(batches) is batches:
-        raise ConfigError(
-            f"batches is a {type(batches).__name__}, which can be gone through once, and twice is needed; "
-            "give a DataLoader, or a list of some of its batches."
-        )
+def _first(batches: Iterable, example_inputs: Any, model: nn.Module, samples: int) -> list[Any]:
+    """The inputs of the first batches, as many as hold so many samples."""
+    if samples < 1:
+        raise ConfigError(f"samples is {samples}; look at one at least, better at about a thousand.")
+    found, count = [], 0
+    for inputs in inputs_of(batches, example_inputs, model):
+        found.append(inputs)
+        tensors = [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor) and value.dim()]
+        count += len(tensors[0]) if tensors else 1
+        if count >= samples:
+            break
+    return found
