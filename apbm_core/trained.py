@@ -46,7 +46,7 @@ def fuse_trained(
     widths: Rule = "uniform",
     min_filters: int = 1,
     multiple: int = 1,
-    choose: Choose = "weights",
+    choose: Choose = "responses",
     samples: int = 1024,
 ) -> nn.Module:
     """A small, plain copy of a trained ``model``, whose unimportant filters live on in those that read them.
@@ -60,8 +60,8 @@ def fuse_trained(
         batches: training inputs: batches like ``example_inputs``, or pairs of such a tensor and its labels, as a
             DataLoader gives. Only the first ones are looked at, and kept in memory meanwhile.
         samples: how many inputs are looked at, in whole batches.
-        choose: who stays: ``"weights"``, the filters of the largest relative entropy; ``"responses"``, those whose part
-            in what the next layers answer the others could take over least (units nobody can take over: by weights).
+        choose: who stays: ``"responses"``, those whose part in what the next layers answer the others could take over
+            least (units nobody can take over: by weights); ``"weights"``, the filters of the largest relative entropy.
         keep, settings, ignore, groups, target, by, widths, min_filters, multiple: as in :func:`apbm_core.fuse`.
 
     Raises:

@@ -160,13 +160,13 @@ def test_a_network_that_has_learnt_keeps_more_of_it_than_by_the_same_cut(build, 
     model = learned(build(), x[:1300], y[:1300])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = list(x[:1280].split(128))
-    small = fuse_trained(model, x[:2], batches, keep=0.5)
+    small = fuse_trained(model, x[:2], batches, keep=0.5, choose="weights")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     anatomy = Anatomy(model, x[:2], coupled=True)
     only_cut, _ = anatomy.cut(trained.most_important(anatomy, wanted_units(anatomy, 0.5), FusionSettings()))
     assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in only_cut.state_dict().items()}
     update_bn(batches, only_cut)
-    by_responses = fuse_trained(model, x[:2], batches, keep=0.5, choose="responses")
+    by_responses = fuse_trained(model, x[:2], batches, keep=0.5)
     with torch.no_grad():
         accuracy = {
             name: (net.eval()(x[1300:]).argmax(1) == y[1300:]).float().mean().item()

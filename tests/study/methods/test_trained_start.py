@@ -127,7 +127,8 @@ def test_fusing_once_keeps_the_filters_of_the_cut_and_changes_what_reads_them(tm
         assert torch.equal(model.get_submodule(first).weight, dense.get_submodule(first).weight[kept[first]])
     cut = dense.get_submodule(reader).weight[:, kept[first]]
     assert torch.equal(networks["entropy_cut"].get_submodule(reader).weight, cut)
-    by_the_library = fuse_trained(dense, task.example_inputs, seen(task), keep=task.widths, groups=False)
+    how = {"keep": task.widths, "groups": False, "choose": "weights"}
+    by_the_library = fuse_trained(dense, task.example_inputs, seen(task), **how)
     for name, value in by_the_library.state_dict().items():
         torch.testing.assert_close(networks["fused_once"].state_dict()[name], value, msg=name)
     assert not torch.equal(by_the_library.get_submodule(reader).weight, cut)
