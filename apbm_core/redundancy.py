@@ -7,9 +7,9 @@ channels that a reader gets from a group of units, ``U`` its weights, ``S`` the 
 
 .. math:: e_{S - k} - e_S = b_k^T U^T U \, b_k \, / \, A_{kk}, \qquad A = C_{SS}^{-1}, \quad b_k = B_S e_k
 
-which is large for what says something of its own: ``1 / A_kk`` is the variance of k that the others leave open (were
-all Gaussian, its conditional entropy), and ``U b_k`` what is made of it, by itself and in place of those that went
-before. Each reader counts by the share of its answers that is lost (methods.md 1).
+which is large for what says something of its own: ``1 / A_kk`` is the variance of k that the others leave open (for a
+Gaussian ``h = log(2 pi e / A_kk) / 2`` is its conditional entropy), and ``U b_k`` what is made of it, by itself and in
+place of those that went before. Each reader counts by the share of its answers that is lost (methods.md 1).
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from test_trained import combinations, images, lively, plain
+from test_trained import combinations, flattening, images, lively, plain
 from torch import nn
 
 from apbm_core import redundancy, trained
@@ -63,10 +63,7 @@ def test_units_of_a_wide_group_go_several_at_a_time(monkeypatch):
 def test_channels_that_the_others_determine_go_and_nothing_is_lost(widest, monkeypatch):
     """Multiples of others, some of them large: relative entropy, which sees weights alone, keeps those."""
     monkeypatch.setattr(trained, "_WIDEST", widest)
-    model = plain(
-        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(8 * 16, 7),
-    )  # fmt: skip
+    model = flattening()
     combinations(model, 0, [0], [1, 2, 3, 5])  # and filter 4, which is like none
     combinations(model, 2, [1], [0, 2, 4, 5])  # and 3, 6, 7
     x, counts = images(256, 8), {"0": 2, "2": 4}

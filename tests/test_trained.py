@@ -70,6 +70,14 @@ def test_the_next_layer_gets_the_least_squares_solution(bias):
             torch.testing.assert_close(small[2].bias.double(), expected, rtol=0.02, atol=2e-3)
 
 
+def flattening() -> nn.Module:
+    """Two convolutions, and a layer that reads the places of a map."""
+    return plain(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 16, 7),
+    )  # fmt: skip
+
+
 def combinations(model: nn.Module, first: int, kept: list[int], lost: list[int]) -> None:
     """Make lost filters positive multiples of kept ones: so are their answers, behind a ReLU."""
     with torch.no_grad():
@@ -82,10 +90,7 @@ def combinations(model: nn.Module, first: int, kept: list[int], lost: list[int])
 def test_nothing_is_lost_where_the_lost_channels_are_multiples_of_the_kept(widest, monkeypatch):
     """Through a convolution, and through a flattened map: whole, and with the places of a channel together."""
     monkeypatch.setattr(trained, "_WIDEST", widest)
-    model = plain(
-        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(8 * 16, 7),
-    )  # fmt: skip
+    model = flattening()
     combinations(model, 0, [0, 4], [1, 2, 3, 5])
     combinations(model, 2, [1, 3, 6], [0, 2, 4, 5, 7])
     x, kept = images(256, 8), {"0": [0, 4], "2": [1, 3, 6]}

@@ -57,8 +57,8 @@ def after_the_cut(records: Sequence[RunRecord]) -> Figure:
 
 
 def in_words(part: pd.DataFrame) -> str:
-    """What fusing once changes against the same cut, right after it and fine-tuned, and what a choice by responses and
-    fusion do; else who knows most."""
+    """What fusing once, and a choice by responses with it, change against the cut by relative entropy, at once and
+    fine-tuned; else who knows most."""
     part = part.set_index(part["method"].astype(str))
     if not {OURS, CONTROL} <= set(part.index):
         best = part[AFTER_CUT].idxmax()
@@ -67,12 +67,11 @@ def in_words(part: pd.DataFrame) -> str:
     def changes(method: str) -> list[str]:
         return [f"{part[column][method] - part[column][CONTROL]:+.1f}" for column in (AFTER_CUT, "accuracy")]
 
-    said = "against the same cut fusing once changes {} points right after it and {} fine-tuned".format(*changes(OURS))
-    return said + (
-        "; who stays chosen by responses, {} and {}".format(*changes(BY_RESPONSES))
-        if BY_RESPONSES in part.index
-        else ""
-    )
+    said = "against the cut by relative entropy fusing it once changes {} points at once and {} fine-tuned"
+    said = said.format(*changes(OURS))
+    if BY_RESPONSES in part.index:
+        said += ", with a choice by responses {} and {}".format(*changes(BY_RESPONSES))
+    return said
 
 
 def _draw(axis: Axes, part: pd.DataFrame, dense: pd.DataFrame) -> None:

@@ -44,10 +44,10 @@ def test_a_line_goes_from_the_accuracy_after_the_cut_to_the_one_after_fine_tunin
 def test_the_title_says_what_fusing_changes_against_the_same_cut():
     (axis,) = after_the_cut(RECORDS).axes
     title = " ".join(axis.get_title(loc="left").split())
-    assert title.endswith("against the same cut fusing once changes +10.5 points right after it and +1.0 fine-tuned")
+    assert title.endswith("relative entropy fusing it once changes +10.5 points at once and +1.0 fine-tuned")
     chosen = [cut("fused_by_responses", 0.70 + seed / 100, 0.83, seed=seed) for seed in range(2)]
     (axis,) = after_the_cut(RECORDS + chosen).axes
-    assert " ".join(axis.get_title(loc="left").split()).endswith("; who stays chosen by responses, +20.5 and +4.0")
+    assert " ".join(axis.get_title(loc="left").split()).endswith(", with a choice by responses +20.5 and +4.0")
 
 
 def test_means_are_of_the_seeds_that_all_methods_have():
